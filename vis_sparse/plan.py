@@ -1,0 +1,359 @@
+"""Plans: what visual tokens compute, layer by layer. Data and checks; nothing here knows a model or a tensor.
+
+The four fields of a `LayerPlan` say everything (DESIGN.md section 3); every published method of this kind is a
+`VisualPlan` and nothing more. A YAML file may speak of layers by depth, so it is first a `PlanRecipe`, which
+`resolve(num_layers)` turns into a plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+DIRECTIONS = ("causal", "both")
+SEMANTICS = ("exclude", "zero")
+
+
+class PlanError(ValueError):
+    """A plan that is malformed, or does not fit the model it is meant for."""
+
+
+def _check_int(name: str, value, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise PlanError(f"{name}: got {value!r}, expected an integer >= {minimum}")
+
+
+@dataclass(frozen=True, slots=True)
+class Neighborhood:
+    """Keys within `radius` grid steps (Chebyshev distance) of a visual query, cut off at the border.
+
+    radius: rows and columns on each side, >= 0. direction: "causal" keeps keys at or before the query in sequence
+    order, "both" keeps all (the official code's). frames: how many frames away a key may lie. stride: queries of a
+    stride x stride block share the window of the block (NATTEN's aligned windows).
+    """
+
+    radius: int
+    direction: str = "causal"
+    frames: int = 0
+    stride: int = 1
+
+    def __post_init__(self):
+        _check_int("radius", self.radius, 0)
+        _check_int("frames", self.frames, 0)
+        _check_int("stride", self.stride, 1)
+        if self.direction not in DIRECTIONS:
+            raise PlanError(f"direction: got {self.direction!r}, expected one of {', '.join(DIRECTIONS)}")
+
+
+@dataclass(frozen=True, slots=True)
+class HeadBudget:
+    """`keep` query heads: a count (int) or a share of them (float in [0, 1]). Which ones is decided by head scores."""
+
+    keep: int | float
+
+    def __post_init__(self):
+        if isinstance(self.keep, bool) or not isinstance(self.keep, int | float):
+            raise PlanError(f"heads.keep: got {self.keep!r}, expected a count or a share in [0, 1]")
+        if self.keep < 0 or (isinstance(self.keep, float) and not self.keep <= 1):
+            raise PlanError(f"heads.keep: got {self.keep!r}, expected a count >= 0 or a share in [0, 1]")
+
+    def count(self, num_heads: int) -> int:
+        """Number of heads kept of `num_heads` (a share is rounded half up)."""
+        kept = self.keep if isinstance(self.keep, int) else math.floor(self.keep * num_heads + 0.5)
+        if kept > num_heads:
+            raise PlanError(f"heads.keep: got {self.keep!r}, expected at most the model's {num_heads} heads")
+        return kept
+
+
+@dataclass(frozen=True, slots=True)
+class HeadFile:
+    """Active heads in a file: `.npy` bool array or `.safetensors` tensor `heads`, (layers, heads)."""
+
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What visual tokens compute in one decoder layer. The default is the dense layer.
+
+    text_reads: text queries read the visual keys of the active heads.
+    attention: "full", "none", or a `Neighborhood`: what a visual query reads among visual tokens.
+    heads: None (all), a bool mask over query heads, a `HeadBudget`, or a `HeadFile`.
+    ffn: share of the FFN neurons that visual rows use (the first ones), or the neurons' indices.
+    """
+
+    text_reads: bool = True
+    attention: str | Neighborhood = "full"
+    heads: tuple[bool, ...] | HeadBudget | HeadFile | None = None
+    ffn: float | tuple[int, ...] = 1.0
+
+    def __post_init__(self):
+        if not isinstance(self.text_reads, bool):
+            raise PlanError(f"text_reads: got {self.text_reads!r}, expected true or false")
+        if not isinstance(self.attention, Neighborhood) and self.attention not in ("full", "none"):
+            raise PlanError(f"attention: got {self.attention!r}, expected 'full', 'none' or a neighborhood")
+        object.__setattr__(self, "heads", _normal_heads(self.heads))
+        object.__setattr__(self, "ffn", _normal_ffn(self.ffn))
+
+    @classmethod
+    def off(cls) -> LayerPlan:
+        """The layer that costs nothing: visual tokens are neither read nor changed."""
+        return cls(text_reads=False, attention="none", ffn=0.0)
+
+    @property
+    def is_dense(self) -> bool:
+        all_heads = self.heads is None or (isinstance(self.heads, tuple) and all(self.heads))
+        return self.text_reads and self.attention == "full" and all_heads and self.ffn == 1.0
+
+    @property
+    def updates(self) -> bool:
+        """Whether the layer changes the visual rows at all."""
+        return self.attention != "none" or self.ffn not in (0.0, ())
+
+    def neurons(self, size: int) -> int | tuple[int, ...]:
+        """FFN neurons used by visual rows of a layer with `size` neurons: a count of first ones, or indices."""
+        if isinstance(self.ffn, float):
+            return int(size * self.ffn + 1e-6)  # the official int(size / ratio), safe against 1/3 * 3 < 1
+        if self.ffn and self.ffn[-1] >= size:
+            raise PlanError(f"ffn: got neuron {self.ffn[-1]}, expected indices below the model's {size} neurons")
+        return self.ffn
+
+
+def _normal_heads(heads):
+    if heads is None or isinstance(heads, HeadBudget | HeadFile):
+        return heads
+    if isinstance(heads, str) or not isinstance(heads, Iterable):
+        raise PlanError(f"heads: got {heads!r}, expected all, a bool mask, {{keep: n}} or {{file: path}}")
+    mask = tuple(heads)
+    if not mask or any(value not in (0, 1) for value in mask):
+        raise PlanError(f"heads: got {heads!r}, expected a non-empty mask of booleans, one a query head")
+    return tuple(bool(value) for value in mask)
+
+
+def _normal_ffn(ffn):
+    if isinstance(ffn, int | float) and not isinstance(ffn, bool):
+        if not 0 <= ffn <= 1:
+            raise PlanError(f"ffn: got {ffn!r}, expected a share in [0, 1] or neuron indices")
+        return float(ffn)
+    if isinstance(ffn, str | bool) or not isinstance(ffn, Iterable):
+        raise PlanError(f"ffn: got {ffn!r}, expected a share in [0, 1] or neuron indices")
+    indices = tuple(ffn)
+    for index in indices:
+        _check_int("ffn", index, 0)
+    if list(indices) != sorted(set(indices)):
+        raise PlanError("ffn: expected neuron indices in ascending order without repeats")
+    return indices
+
+
+@dataclass(frozen=True, slots=True)
+class VisualPlan:
+    """One `LayerPlan` a decoder layer, with a name, its source (`about`) and the softmax `semantics`.
+
+    semantics "exclude": softmax runs over what is read, nothing else exists. "zero": the official code's arithmetic
+    (arXiv 2410.06169), in which unread visual keys stay in the softmax's denominator and visual rows go on to the end.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    name: str = "custom"
+    about: str = ""
+    semantics: str = "exclude"
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if not self.layers or not all(isinstance(layer, LayerPlan) for layer in self.layers):
+            raise PlanError("layers: expected one LayerPlan a decoder layer, at least one")
+        if self.semantics not in SEMANTICS:
+            raise PlanError(f"semantics: got {self.semantics!r}, expected one of {', '.join(SEMANTICS)}")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def is_dense(self) -> bool:
+        return all(layer.is_dense for layer in self.layers)
+
+    def replace(self, **changes) -> VisualPlan:
+        """A copy with the given fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def check_fits(self, num_layers: int, num_heads: int, ffn_size: int) -> None:
+        """Raise `PlanError` naming the field if the plan does not fit a model of these sizes."""
+        if self.num_layers != num_layers:
+            raise PlanError(f"plan {self.name!r}: got {self.num_layers} layers, expected the model's {num_layers}")
+        for index, layer in enumerate(self.layers):
+            try:
+                layer.neurons(ffn_size)
+                if isinstance(layer.heads, HeadBudget):
+                    layer.heads.count(num_heads)
+            except PlanError as error:
+                raise PlanError(f"plan {self.name!r}, layer {index}: {error}") from None
+            if isinstance(layer.heads, tuple) and len(layer.heads) != num_heads:
+                raise PlanError(
+                    f"plan {self.name!r}, layer {index}: heads: got a mask of {len(layer.heads)}, "
+                    f"expected the model's {num_heads} heads"
+                )
+
+    # The published methods, by their settings.
+
+    @classmethod
+    def dense(cls, num_layers: int) -> VisualPlan:
+        """Every layer as in the unpatched model."""
+        return cls((LayerPlan(),) * num_layers, name="dense", about="the unpatched model's computation")
+
+    @classmethod
+    def yopo(
+        cls,
+        num_layers: int,
+        window: int = 5,
+        layer_cut: int | None = None,
+        head_mask=None,
+        ffn_ratio: float = 1,
+        semantics: str = "exclude",
+    ) -> VisualPlan:
+        """The official settings of arXiv 2410.06169.
+
+        window: side of the neighbourhood in tokens (an even side equals the next smaller odd one). layer_cut: first
+        layer in which text no longer reads visual tokens. head_mask: bool (num_layers, heads), True = active.
+        ffn_ratio: visual rows use the first int(size / ffn_ratio) neurons.
+        """
+        _check_int("window", window, 1)
+        if not ffn_ratio >= 1:
+            raise PlanError(f"ffn_ratio: got {ffn_ratio!r}, expected a number >= 1")
+        if head_mask is not None and len(head_mask) != num_layers:
+            raise PlanError(f"head_mask: got {len(head_mask)} layers, expected {num_layers}")
+        cut = num_layers if layer_cut is None else layer_cut
+        near = Neighborhood((window - 1) // 2, "both")
+        layers = (
+            LayerPlan(i < cut, near, None if head_mask is None else tuple(map(bool, head_mask[i])), 1 / ffn_ratio)
+            for i in range(num_layers)
+        )
+        return cls(tuple(layers), "yopo", "arXiv 2410.06169, official settings", semantics)
+
+    @classmethod
+    def vtw(cls, num_layers: int, drop_layer: int) -> VisualPlan:
+        """VTW: visual tokens leave the network at `drop_layer`."""
+        layers = (LayerPlan() if i < drop_layer else LayerPlan.off() for i in range(num_layers))
+        return cls(tuple(layers), "vtw", "VTW: visual tokens withdrawn at one layer")
+
+    @classmethod
+    def vica(cls, num_layers: int, read_layers: Iterable[int]) -> VisualPlan:
+        """ViCA (arXiv 2602.07574): visual rows frozen everywhere, text reads them in `read_layers`."""
+        reads = _layer_set(read_layers, num_layers)
+        layers = (LayerPlan(i in reads, "none", None, 0.0) for i in range(num_layers))
+        return cls(tuple(layers), "vica", "ViCA, arXiv 2602.07574")
+
+    @classmethod
+    def shortv(cls, num_layers: int, frozen_layers: Iterable[int]) -> VisualPlan:
+        """ShortV (ICCV 2025): visual rows frozen in `frozen_layers`, still read there."""
+        frozen = _layer_set(frozen_layers, num_layers)
+        layers = (LayerPlan(True, "none", None, 0.0) if i in frozen else LayerPlan() for i in range(num_layers))
+        return cls(tuple(layers), "shortv", "ShortV, ICCV 2025")
+
+    @classmethod
+    def vskip(cls, num_layers: int, skip_layers: Iterable[int]) -> VisualPlan:
+        """V-Skip (arXiv 2606.08511): visual self-attention skipped in `skip_layers`, FFN kept."""
+        skipped = _layer_set(skip_layers, num_layers)
+        layers = (LayerPlan(attention="none") if i in skipped else LayerPlan() for i in range(num_layers))
+        return cls(tuple(layers), "vskip", "V-Skip, arXiv 2606.08511")
+
+    @classmethod
+    def from_yaml(cls, source: str | Path, num_layers: int | None = None) -> VisualPlan:
+        """The plan of a YAML file or text. `num_layers` is needed when the file does not state its own."""
+        from .plan_yaml import read_recipe
+
+        return read_recipe(source).resolve(num_layers)
+
+    def to_yaml(self) -> str:
+        """The plan as YAML text; `from_yaml` of it gives an equal plan."""
+        from .plan_yaml import write_plan
+
+        return write_plan(self)
+
+
+def _layer_set(layers: Iterable[int], num_layers: int) -> frozenset[int]:
+    chosen = frozenset(layers)
+    for index in chosen:
+        if not 0 <= index < num_layers:
+            raise PlanError(f"layers: got layer {index}, expected 0 to {num_layers - 1}")
+    return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRecipe:
+    """A plan file before the model's depth is known.
+
+    entries: (layer range, changes) pairs in file order. A range is an index ("4"), indices ("2-15", inclusive), a
+    depth range ("50%-100%": the layers l with 0.5 <= l/L < 1), or one with an open end ("2-"). Changes are LayerPlan
+    fields laid over what the earlier entries gave, or a whole LayerPlan (for "off").
+    """
+
+    name: str
+    about: str = ""
+    semantics: str = "exclude"
+    default: LayerPlan = LayerPlan()
+    entries: tuple[tuple[str, Mapping | LayerPlan], ...] = field(default=())
+    num_layers: int | None = None
+
+    def resolve(self, num_layers: int | None = None) -> VisualPlan:
+        """The plan for a model of `num_layers` decoder layers."""
+        if num_layers is None:
+            num_layers = self.num_layers
+        if num_layers is None:
+            raise PlanError(f"plan {self.name!r}: num_layers is needed, its file states none")
+        if self.num_layers not in (None, num_layers):
+            raise PlanError(f"plan {self.name!r}: got {self.num_layers} layers, expected the model's {num_layers}")
+        layers = [self.default] * num_layers
+        for spec, changes in self.entries:
+            for index in layer_range(spec, num_layers):
+                if isinstance(changes, LayerPlan):
+                    layers[index] = changes
+                else:
+                    layers[index] = dataclasses.replace(layers[index], **changes)
+        return VisualPlan(tuple(layers), self.name, self.about, self.semantics)
+
+
+def layer_range(spec: str, num_layers: int) -> range:
+    """The layers that `spec` names in a model of `num_layers` layers (see `PlanRecipe`).
+
+    Indices must exist in the model; an open end stops at the last layer. Depth ranges are half open.
+    """
+    start_text, dash, end_text = spec.partition("-")
+    try:
+        if "%" in spec:
+            start, end = _depth(start_text, 0.0), _depth(end_text, 1.0) if dash else None
+            if end is None or not 0 <= start <= end <= 1:
+                raise ValueError
+            # l / L compared with a tolerance, so that 21.875 % of 32 is layer 7 whatever the division gives
+            first, last = (math.ceil(bound * num_layers - 1e-6) for bound in (start, end))
+            return range(first, last)
+        start = int(start_text) if start_text or not dash else 0
+        end = start if not dash else (int(end_text) if end_text else max(num_layers - 1, start))
+        if not 0 <= start <= end:
+            raise ValueError
+    except ValueError:
+        raise PlanError(
+            f"layers: got range {spec!r}, expected like 4, 2-15, 2-, 50%-100% or 50%- in ascending order"
+        ) from None
+    if end >= num_layers:
+        raise PlanError(f"layers: got range {spec!r}, expected layers 0 to {num_layers - 1}")
+    return range(start, end + 1)
+
+
+def _depth(text: str, default: float) -> float:
+    if not text:
+        return default
+    if not text.endswith("%"):
+        raise ValueError
+    return float(text[:-1]) / 100
+
+
+def mask_plan(plan: VisualPlan, masks: Sequence[Sequence[bool]]) -> VisualPlan:
+    """`plan` with the active heads of every layer set by `masks`, bool (layers, heads)."""
+    if len(masks) != plan.num_layers:
+        raise PlanError(f"heads: got masks for {len(masks)} layers, expected {plan.num_layers}")
+    layers = (dataclasses.replace(layer, heads=tuple(map(bool, mask))) for layer, mask in zip(plan.layers, masks))
+    return plan.replace(layers=tuple(layers))

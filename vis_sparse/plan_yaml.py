@@ -1,0 +1,184 @@
+"""Plans as YAML: reading with every check where the data comes in, and writing so that the round trip is equal."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from itertools import groupby
+from pathlib import Path
+
+import yaml
+
+from .plan import HeadBudget, HeadFile, LayerPlan, Neighborhood, PlanError, PlanRecipe, VisualPlan, layer_range
+
+CONFIGS = Path(__file__).parent / "configs"
+_PLAN_KEYS = ("name", "about", "semantics", "num_layers", "default", "layers")
+_LAYER_KEYS = tuple(f.name for f in dataclasses.fields(LayerPlan))
+_NEIGHBORHOOD_KEYS = tuple(f.name for f in dataclasses.fields(Neighborhood))
+
+
+def plan_names() -> list[str]:
+    """Names of the shipped plans."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def load_plan(source: str | Path) -> PlanRecipe:
+    """The plan called `source` in `configs/`, or the YAML file at that path.
+
+    A recipe fits any depth: `patch` and `flops` take it as it is, `.resolve(num_layers)` gives the `VisualPlan`.
+    """
+    shipped = CONFIGS / f"{source}.yaml"
+    if isinstance(source, str) and shipped.is_file():
+        return read_recipe(shipped)
+    if Path(source).is_file():
+        return read_recipe(Path(source))
+    near = difflib.get_close_matches(str(source), plan_names(), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise PlanError(f"plan: got {str(source)!r}, expected a file or one of {', '.join(plan_names())}{hint}")
+
+
+def as_plan(source: VisualPlan | PlanRecipe | str | Path, num_layers: int) -> VisualPlan:
+    """`source` (plan, recipe, shipped name or path) as a plan for `num_layers` decoder layers."""
+    if isinstance(source, VisualPlan):
+        return source
+    if isinstance(source, PlanRecipe):
+        return source.resolve(num_layers)
+    if isinstance(source, str | Path):
+        return load_plan(source).resolve(num_layers)
+    raise PlanError(f"plan: got {type(source).__name__}, expected a VisualPlan, a recipe, a name or a path")
+
+
+def read_recipe(source: str | Path) -> PlanRecipe:
+    """The recipe in a YAML file (a `Path`, or a string that names a file) or in YAML text."""
+    text, origin = _text_of(source)
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise PlanError(f"{origin}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise PlanError(f"{origin}: got {type(data).__name__}, expected a mapping with the keys {', '.join(_PLAN_KEYS)}")
+    try:
+        return _recipe(data)
+    except PlanError as error:
+        raise PlanError(f"{origin}: {error}") from None
+
+
+def _text_of(source: str | Path) -> tuple[str, str]:
+    if isinstance(source, str) and ("\n" in source or ":" in source and not Path(source).is_file()):
+        return source, "plan"
+    path = Path(source)
+    if not path.is_file():
+        raise PlanError(f"plan: got {str(source)!r}, expected a YAML file or YAML text")
+    return path.read_text(), str(path)
+
+
+def _known(keys, known: tuple[str, ...], where: str) -> None:
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise PlanError(f"{where}: got unknown key {key!r}, expected one of {', '.join(known)}{hint}")
+
+
+def _recipe(data: dict) -> PlanRecipe:
+    _known(data, _PLAN_KEYS, "plan")
+    entries = data.get("layers") or {}
+    if not isinstance(entries, dict):
+        raise PlanError(f"layers: got {type(entries).__name__}, expected a mapping of layer ranges")
+    num_layers = data.get("num_layers")
+    if num_layers is not None and (not isinstance(num_layers, int) or num_layers < 1):
+        raise PlanError(f"num_layers: got {num_layers!r}, expected an integer >= 1")
+    default = _changes(data.get("default") or {}, "default")
+    recipe = PlanRecipe(
+        name=str(data.get("name", "custom")),
+        about=str(data.get("about", "")),
+        semantics=data.get("semantics", "exclude"),
+        default=default if isinstance(default, LayerPlan) else LayerPlan(**default),
+        entries=tuple((str(spec), _changes(value, f"layers {spec}")) for spec, value in entries.items()),
+        num_layers=num_layers,
+    )
+    for spec, _ in recipe.entries:
+        try:
+            layer_range(spec, 10**6)  # a malformed range is refused here, not when a model comes along
+        except PlanError as error:
+            raise PlanError(str(error).split("; ")[0]) from None
+    VisualPlan((recipe.default,), semantics=recipe.semantics)
+    return recipe
+
+
+def _changes(value, where: str) -> dict | LayerPlan:
+    # YAML 1.1 reads a bare `off` as False
+    if value is False or value == "off":
+        return LayerPlan.off()
+    if not isinstance(value, dict):
+        raise PlanError(f"{where}: got {value!r}, expected 'off' or the keys {', '.join(_LAYER_KEYS)}")
+    _known(value, _LAYER_KEYS, where)
+    changes = dict(value)
+    if "attention" in changes:
+        changes["attention"] = _attention(changes["attention"], where)
+    if "heads" in changes:
+        changes["heads"] = _heads(changes["heads"], where)
+    if isinstance(changes.get("ffn"), list):
+        changes["ffn"] = tuple(changes["ffn"])
+    try:
+        LayerPlan(**changes)
+    except PlanError as error:
+        raise PlanError(f"{where}: {error}") from None
+    return changes
+
+
+def _attention(value, where: str):
+    if not isinstance(value, dict):
+        return value
+    _known(value, _NEIGHBORHOOD_KEYS, f"{where}: attention")
+    if "radius" not in value:
+        raise PlanError(f"{where}: attention: radius is missing")
+    try:
+        return Neighborhood(**value)
+    except PlanError as error:
+        raise PlanError(f"{where}: attention: {error}") from None
+
+
+def _heads(value, where: str):
+    if value is None or value == "all":
+        return None
+    if isinstance(value, dict):
+        _known(value, ("keep", "file"), f"{where}: heads")
+        if len(value) != 1:
+            raise PlanError(f"{where}: heads: got {value!r}, expected either keep or file")
+        try:
+            return HeadBudget(value["keep"]) if "keep" in value else HeadFile(str(value["file"]))
+        except PlanError as error:
+            raise PlanError(f"{where}: {error}") from None
+    return tuple(value) if isinstance(value, list) else value
+
+
+def write_plan(plan: VisualPlan) -> str:
+    """`plan` as YAML text, runs of equal layers written once."""
+    entries = {}
+    for layer, run in groupby(range(plan.num_layers), key=lambda i: plan.layers[i]):
+        indices = list(run)
+        spec = str(indices[0]) if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
+        entries[spec] = "off" if layer == LayerPlan.off() else _layer_dict(layer)
+    data = {
+        "name": plan.name,
+        "about": plan.about,
+        "semantics": plan.semantics,
+        "num_layers": plan.num_layers,
+        "layers": entries,
+    }
+    return yaml.safe_dump(data, sort_keys=False, width=120, default_flow_style=None)
+
+
+def _layer_dict(layer: LayerPlan) -> dict:
+    attention, heads = layer.attention, layer.heads
+    if isinstance(attention, Neighborhood):
+        attention = dataclasses.asdict(attention)
+    if isinstance(heads, HeadBudget | HeadFile):
+        heads = dataclasses.asdict(heads)
+    return {
+        "text_reads": layer.text_reads,
+        "attention": attention,
+        "heads": "all" if heads is None else list(heads) if isinstance(heads, tuple) else heads,
+        "ffn": list(layer.ffn) if isinstance(layer.ffn, tuple) else layer.ffn,
+    }
