@@ -1,0 +1,46 @@
+# Every target sets itself up: a bare Python >= 3.10 is enough. `make test PYTHON=python3.11` picks another one.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+BENCH ?= --model llava-1.5-7b --layers 8 --plan dense,auto,yopo-25,yopo-12 --decode
+DEMO ?=
+TINY ?=
+PYTEST ?= -n 2 -q
+
+# The checkpoints and data of every target come with the packages.
+export HF_HUB_OFFLINE = 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help setup demo test lint bench tiny clean
+help:
+	@echo "make demo    the shipped tiny LLaVA, dense and under three plans, on held-out images: table, PNG, HTML page"
+	@echo "make test    the tests"
+	@echo "make lint    ruff"
+	@echo "make bench   time of a prefill and a decode step at the width of LLaVA-1.5-7B (8 layers, 6.5 GB of weights)"
+	@echo "make tiny    train the tiny LLaVA again from nothing (about 3 hours on 2 cores)"
+
+setup: $(READY)
+
+$(READY): setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/vis-sparse demo $(DEMO)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+bench: $(READY)
+	$(BIN)/vis-sparse bench $(BENCH)
+
+tiny: $(READY)
+	$(BIN)/python -m vis_sparse.eval.tiny.train $(TINY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

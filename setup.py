@@ -1,0 +1,40 @@
+"""Package metadata. Ranges live here; the exact versions that CI uses are in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DEMO = ["easy-vqa>=1.0", "matplotlib>=3.7", "pillow>=10", "scikit-learn>=1.3", "torchvision>=0.24"]
+README = Path(__file__).parent / "README.md"
+
+setup(
+    name="vis_sparse",
+    version="0.1.0",
+    description="Multimodal LLMs that compute less for visual tokens, without dropping any",
+    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["vis_sparse", "vis_sparse.*"]),
+    package_data={
+        "vis_sparse.configs": ["*.yaml", "**/*.yaml"],
+        "vis_sparse.eval": ["page.css"],
+        "vis_sparse.eval.tiny": ["llava/*"],
+    },
+    install_requires=[
+        "numpy>=1.26",
+        "PyYAML>=6.0",
+        "rich>=13.0",
+        "safetensors>=0.4.5",
+        "torch>=2.9",
+        "transformers>=5.10",
+        "typer>=0.12",
+    ],
+    extras_require={
+        "demo": DEMO,
+        "eval": ["lmms-eval==0.7.3", "decord>=0.6"],
+        "train": ["accelerate>=1.0", "peft>=0.17"],
+        "dev": [*DEMO, "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9"],
+    },
+    entry_points={"console_scripts": ["vis-sparse = vis_sparse.cli:app"]},
+)
