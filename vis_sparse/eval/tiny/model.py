@@ -1,0 +1,141 @@
+"""The small LLaVA: its shape, its words, its first weights, and its files."""
+
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from vis_sparse.eval.tiny.data import COLORS, COLUMNS, DIGITS, EMPTY, IMAGE_SIZE, ROWS, SHAPES
+
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+PAD, BOS, EOS, UNK, IMAGE = range(len(SPECIAL))
+QUESTION_WORDS = (
+    "user: assistant: ? yes no not is are there a an the in at of image shape color what which digit does do contain "
+    "present how often many appear"
+)
+WORDS = (*SPECIAL, *QUESTION_WORDS.split(), *DIGITS, *ROWS, *COLUMNS, *SHAPES, *COLORS, EMPTY)
+PATCH = 8
+GRID = IMAGE_SIZE // PATCH
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['role'].upper() }}: "
+    "{% for item in message['content'] if item['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for item in message['content'] if item['type'] == 'text' %}{{ item['text'] }} {% endfor %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def prompt(question: str) -> str:
+    """The text a question is put as, the same as the chat template's."""
+    return f"USER: <image>\n{question} ASSISTANT:"
+
+
+def config() -> LlavaConfig:
+    """96x96 images as 144 visual tokens; CLIP 4 layers x 128, Llama 8 layers x 128, 8 heads of 32: 3.0 M parameters."""
+    vision = CLIPVisionConfig(
+        image_size=IMAGE_SIZE, patch_size=PATCH, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=4, projection_dim=128, hidden_act="quick_gelu",
+    )
+    text = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=128, intermediate_size=352, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=8, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True,
+        pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
+        # Slow rotations only in most of a head's dimensions: words must match over some hundred visual tokens.
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
+    return LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=GRID * GRID,
+        vision_feature_layer=-1, vision_feature_select_strategy="default", projector_hidden_act="gelu",
+        tie_word_embeddings=True, pad_token_id=PAD,
+    )
+
+
+def processor() -> LlavaProcessor:
+    """CLIP's image preparation at 96x96, one token a word (any case), padding on the left, and the chat template."""
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.normalizer = normalizers.Lowercase()
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"\?"), "isolated")]
+    )
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"}, padding_side="left", model_max_length=1024,
+    )
+    images = CLIPImageProcessor(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    )
+    return LlavaProcessor(
+        image_processor=images, tokenizer=tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE,
+    )
+
+
+@torch.no_grad()
+def new_model(seed: int = 0) -> LlavaForConditionalGeneration:
+    """An untrained model in fp32, with first weights that make places visible and equal words attend to each other."""
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(config())
+    vision, text = model.model.vision_tower, model.model.language_model
+    # CLIP's own start (0.02) drowns the position in the patch's content.
+    vision.embeddings.position_embedding.weight[1:] = 0.5 * _positions(GRID, 128)
+    vision.embeddings.patch_embedding.weight.normal_(std=0.7 / math.sqrt(3 * PATCH * PATCH))
+    text.embed_tokens.weight.normal_(std=128**-0.5)
+    for layer in text.layers:
+        attention = layer.self_attn
+        # Half of the heads start with equal queries and keys, and an output that undoes the value (mimetic
+        # initialisation, arXiv 2305.09828): a word attends to tokens that hold the same word, and copies them.
+        attention.q_proj.weight.normal_(std=128**-0.5)
+        attention.k_proj.weight.normal_(std=128**-0.5)
+        attention.k_proj.weight[:128] = attention.q_proj.weight[:128]
+        attention.o_proj.weight[:, :128] = attention.v_proj.weight[:128].T
+    return model
+
+
+def _positions(side: int, width: int) -> torch.Tensor:
+    """Sine/cosine codes of a side x side grid: (side * side, width), values in -1..1."""
+    frequencies = math.pi / side * torch.arange(1, width // 4 + 1) * 0.5
+    angles = torch.arange(side)[:, None] * frequencies
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows = line[:, None].expand(side, side, -1)
+    columns = line[None].expand(side, side, -1)
+    return torch.cat([rows, columns], dim=-1).reshape(side * side, width)
+
+
+def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    """Write config, processor, generation config and fp16 weights under the names of the published LLaVA-1.5 files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = config()
+    settings.architectures = ["LlavaForConditionalGeneration"]
+    settings.dtype = torch.float16
+    settings.save_pretrained(folder)
+    processor().save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=4, do_sample=False
+    ).save_pretrained(folder)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight":  # tied to the word embeddings
+            tensors[_published_name(name)] = tensor.detach().to(torch.float16).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _published_name(name: str) -> str:
+    name = name.removeprefix("model.")
+    name = name.replace("language_model.", "language_model.model.", 1)
+    if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
+        name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+    return name
