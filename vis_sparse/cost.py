@@ -1,0 +1,136 @@
+"""FLOPs and KV-cache bytes of a plan, from the model's shape and the batch's layout. Nothing is run.
+
+Conventions (a multiply-add is 2 FLOPs unless said otherwise):
+
+- `executed`: what the patched model does, text included, from the same `schedule` as the executor. Projections and
+  FFN are exact; scores are the ideal number, each pair that is really read counted once.
+- `paper` (arXiv 2410.06169): visual tokens only, 2(4nd^2 + 2n^2 d + 3ndm) a layer, scaled by the plan.
+- `macs`: multiply-adds, half of `paper`. `fastv`: multiply-adds with 2ndm for the FFN (arXiv 2403.06764).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from .cost_conventions import executed, fastv, macs, paper
+from .cost_report import CostReport
+from .heads import resolve_heads
+from .image_grids import EncodedImage, Grid
+from .layout import LayoutError, VisualLayout
+from .plan import PlanError, PlanRecipe, VisualPlan
+from .plan_yaml import as_plan
+from .schedule import schedule
+from .shapes import ModelShape, ShapeError, as_shape
+
+CONVENTIONS = {"executed": executed, "paper": paper, "macs": macs, "fastv": fastv}
+
+
+def flops(
+    model,
+    plan: VisualPlan | PlanRecipe | str | Path,
+    *,
+    layout: VisualLayout | None = None,
+    text_tokens: int = 64,
+    text_before: int = 35,
+    images: int = 1,
+    image_size: tuple[int, int] | None = None,
+    batch: int = 1,
+    convention: str = "executed",
+    heads="first",
+    kv_dtype_bytes: int = 2,
+    executed_scores: int | None = None,
+) -> CostReport:
+    """Count `plan` on `model`: a `ModelShape`, a shipped name, a checkpoint folder, or a live transformers model.
+
+    layout: where the visual tokens lie, positions without padding; by default each sample has `images` images of
+    `image_size` (height, width) pixels in a row after `text_before` text tokens. With a layout, the vision tower and
+    the projector are not counted: it doesn't say what they ran. text_tokens: text tokens of a sample in all. batch:
+    samples; a given layout is repeated to fill it. heads: as in `resolve_heads`; the default lets the first heads
+    stand in for a budget's. kv_dtype_bytes: bytes of a cached value.
+
+    Under "executed", plan "dense" is the whole unpatched model, causal scores n(n+1)/2. The other conventions have no
+    grouped KV heads (MHA of the model's width), and charge nothing after the last layer in which text reads visual
+    tokens, whatever the plan's semantics.
+
+    Raises PlanError, LayoutError or ShapeError.
+    """
+    if convention not in CONVENTIONS:
+        raise PlanError(f"convention: got {convention!r}, expected one of {', '.join(CONVENTIONS)}")
+    shape = as_shape(model)
+    plan = resolve_heads(as_plan(plan, shape.layers), shape.heads, shape.kv_heads, heads)
+    plan.check_fits(shape.layers, shape.heads, shape.ffn)
+    encoded = ()
+    if layout is None:
+        encoded = _encode(shape, images, image_size)
+        layout = _in_a_row([grid for image in encoded for grid in image.grids], text_tokens, text_before)
+    if batch != 1:
+        layout = layout.expanded(batch)
+        encoded *= batch
+    prefill, decode = CONVENTIONS[convention](shape, plan, layout, text_tokens)
+    if decode is not None:
+        lm_head = 2 * layout.batch_size * shape.hidden * shape.vocab
+        decode = dataclasses.replace(decode, lm_head=lm_head)
+        prefill = dataclasses.replace(prefill, lm_head=lm_head)
+        if encoded and shape.vision:
+            tower, projector = _vision_tower(shape, encoded), _projector(shape, encoded)
+            prefill = dataclasses.replace(prefill, vision_tower=tower, projector=projector)
+    text_values, visual_values = _cached_values(shape, plan, layout, text_tokens)
+    return CostReport(
+        model=shape.name,
+        plan=plan.name,
+        convention=convention,
+        batch=layout.batch_size,
+        visual_tokens=layout.num_visual,
+        text_tokens=layout.batch_size * text_tokens,
+        prefill=prefill,
+        decode=decode,
+        kv_text_bytes=kv_dtype_bytes * text_values,
+        kv_visual_bytes=kv_dtype_bytes * visual_values,
+        executed_scores=executed_scores,
+    )
+
+
+def _encode(shape: ModelShape, images: int, image_size: tuple[int, int] | None) -> tuple[EncodedImage, ...]:
+    if shape.image is None:
+        raise ShapeError(f"model: {shape.name} has no rule from image sizes to visual tokens, expected layout=")
+    height, width = image_size or shape.image.default_size
+    if images < 0 or height < 1 or width < 1:
+        raise ShapeError(f"images: got {images} of {height} x {width} pixels, expected a count >= 0 and sides >= 1")
+    return (shape.image.encode(height, width),) * images
+
+
+def _in_a_row(grids: list[Grid], text_tokens: int, text_before: int) -> VisualLayout:
+    """One sample with `grids` one after the other behind `text_before` text tokens."""
+    if not 0 <= text_before <= text_tokens:
+        raise LayoutError(f"text_before: got {text_before}, expected 0 to the {text_tokens} text tokens")
+    placed, position = [], text_before
+    for frames, height, width in grids:
+        placed.append((position, (frames, height, width)))
+        position += frames * height * width
+    return VisualLayout.from_grids([placed])
+
+
+def _vision_tower(shape: ModelShape, encoded: tuple[EncodedImage, ...]) -> int:
+    vision = shape.vision
+    total = 0
+    for patches in (count for image in encoded for count in image.sequences):
+        rows = patches + vision.class_token
+        matrices = rows * vision.hidden * (4 * vision.hidden + 2 * vision.ffn)
+        scores = 2 * rows * rows * vision.hidden
+        total += 2 * patches * vision.patch_values * vision.hidden + 2 * vision.layers * (matrices + scores)
+    return total
+
+
+def _projector(shape: ModelShape, encoded: tuple[EncodedImage, ...]) -> int:
+    rows = sum(image.projected for image in encoded)
+    return 2 * rows * sum(inputs * outputs for inputs, outputs in shape.projector)
+
+
+def _cached_values(shape: ModelShape, plan: VisualPlan, layout: VisualLayout, text_tokens: int) -> tuple[int, int]:
+    """Cached numbers (K and V) of text and of visual tokens after prefill."""
+    work = schedule(plan, shape.heads, shape.kv_heads, shape.ffn)
+    visual_heads = sum(len(item.key_heads) for item in work if item.stores)
+    text_heads = shape.kv_heads * shape.layers
+    per_head = 2 * shape.head_dim
+    return per_head * layout.batch_size * text_tokens * text_heads, per_head * layout.num_visual * visual_heads

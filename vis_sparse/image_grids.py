@@ -1,0 +1,142 @@
+"""From an image's size to the grids of its visual tokens, and to what the vision tower runs for it.
+
+One class a rule, holding the rule's settings (they come from a shape file or a model's config) and one method,
+`encode(height, width)`. Sizes are pixels, (height, width) as in transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """What one image becomes.
+
+    grids: (frames, height, width) in tokens of each segment, in sequence order. sequences: patches of each sequence
+    that the vision tower attends within, class token not counted. projected: rows that pass through the projector.
+    """
+
+    grids: tuple[Grid, ...]
+    sequences: tuple[int, ...]
+    projected: int
+
+
+@dataclass(frozen=True, slots=True)
+class FixedGrid:
+    """Every image is resized to one square (LLaVA-1.5). grid: (height, width) in tokens."""
+
+    grid: tuple[int, int]
+    default_size: tuple[int, int] = (336, 336)
+
+    def encode(self, height: int, width: int) -> EncodedImage:
+        size = self.grid[0] * self.grid[1]
+        return EncodedImage(((1, *self.grid),), (size,), size)
+
+
+@dataclass(frozen=True, slots=True)
+class AnyRes:
+    """LLaVA-NeXT: a base view, then tiles put together to one grid, its padding cut off, a newline token a row.
+
+    tile: side of a tile in pixels. grid: (height, width) of a tile in tokens. pinpoints: (height, width) in pixels to
+    choose from.
+    """
+
+    tile: int
+    grid: tuple[int, int]
+    pinpoints: tuple[tuple[int, int], ...]
+    default_size: tuple[int, int]
+
+    def encode(self, height: int, width: int) -> EncodedImage:
+        best = self.best_pinpoint(height, width)
+        down, across = best[0] // self.tile, best[1] // self.tile
+        rows, columns = self._unpadded(down * self.grid[0], across * self.grid[1], height, width)
+        size = self.grid[0] * self.grid[1]
+        tiles = 1 + down * across
+        return EncodedImage(((1, *self.grid), (1, rows, columns + 1)), (size,) * tiles, size * tiles)
+
+    def best_pinpoint(self, height: int, width: int) -> tuple[int, int]:
+        """The pinpoint that keeps most of the image's pixels, and wastes least among those."""
+
+        def merit(pinpoint):
+            scale = min(pinpoint[0] / height, pinpoint[1] / width)
+            kept = min(int(height * scale) * int(width * scale), height * width)
+            return kept, kept - pinpoint[0] * pinpoint[1]
+
+        return max(self.pinpoints, key=merit)
+
+    @staticmethod
+    def _unpadded(rows: int, columns: int, height: int, width: int) -> tuple[int, int]:
+        # the same amount is cut on both sides, so an odd remainder leaves one padded row or column in place
+        if width / height > columns / rows:
+            return rows - 2 * ((rows - int(round(height * (columns / width), 7))) // 2), columns
+        return rows, columns - 2 * ((columns - int(round(width * (rows / height), 7))) // 2)
+
+
+@dataclass(frozen=True, slots=True)
+class SmartResize:
+    """Qwen2-VL: sides rounded to whole merged patches, the area kept within bounds. patch: pixels; merge: patches."""
+
+    patch: int
+    merge: int
+    min_pixels: int
+    max_pixels: int
+    default_size: tuple[int, int]
+
+    def encode(self, height: int, width: int) -> EncodedImage:
+        unit = self.patch * self.merge
+        rows, columns = (round(side / unit) for side in (height, width))
+        if rows * columns * unit**2 > self.max_pixels:
+            shrink = math.sqrt(height * width / self.max_pixels)
+            rows, columns = (max(1, math.floor(side / shrink / unit)) for side in (height, width))
+        elif rows * columns * unit**2 < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (height * width))
+            rows, columns = (math.ceil(side * grow / unit) for side in (height, width))
+        tokens = rows * columns
+        return EncodedImage(((1, rows, columns),), (tokens * self.merge**2,), tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """InternVL: up to `max_tiles` square tiles in the arrangement nearest the image's shape, then a thumbnail."""
+
+    tile: int
+    patch: int
+    merge: int
+    max_tiles: int
+    thumbnail: bool
+    default_size: tuple[int, int]
+
+    def encode(self, height: int, width: int) -> EncodedImage:
+        rows, columns = self.arrangement(height, width)
+        tiles = rows * columns
+        if self.thumbnail and tiles > 1:
+            tiles += 1
+        side = self.tile // self.patch
+        merged = side // self.merge
+        return EncodedImage(((1, merged, merged),) * tiles, (side**2,) * tiles, tiles * merged**2)
+
+    def arrangement(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of tiles. Of equally near shapes, more tiles only where the image has the pixels for them."""
+        choices = sorted(
+            (
+                (down, across)
+                for down in range(1, self.max_tiles + 1)
+                for across in range(1, self.max_tiles // down + 1)
+            ),
+            key=lambda choice: choice[0] * choice[1],
+        )
+        best, nearest = (1, 1), math.inf
+        for down, across in choices:
+            distance = abs(width / height - across / down)
+            roomy = 2 * height * width > self.tile**2 * down * across
+            if distance < nearest or (distance == nearest and roomy):
+                best, nearest = (down, across), distance
+        return best
+
+
+IMAGE_RULES = {"fixed": FixedGrid, "anyres": AnyRes, "resize": SmartResize, "tiles": Tiles}
+ImageRule = FixedGrid | AnyRes | SmartResize | Tiles

@@ -1,0 +1,110 @@
+"""Model shapes: the sizes that decide what a model costs, for shipped names, checkpoint folders and live models."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from .image_grids import IMAGE_RULES, ImageRule
+
+SHAPES = Path(__file__).parent / "configs" / "shapes"
+
+
+class ShapeError(ValueError):
+    """A model shape that is unknown, malformed, or lacks what a count needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class VisionShape:
+    """A plain ViT: `layers` of width `hidden` with a two-matrix FFN of `ffn` neurons.
+
+    patch_values: inputs of the patch embedding (channels x patch area x frames). class_token: one row more than there
+    are patches.
+    """
+
+    layers: int
+    hidden: int
+    ffn: int
+    patch_values: int
+    class_token: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Sizes of a multimodal model. `ffn`, `vocab`, `heads`... are the decoder's; its FFN is gated (three matrices).
+
+    projector: (inputs, outputs) of each of its matrices. vision, projector and image are None or empty where they are
+    unknown or there are none (a bare language model): the decoder can still be counted, from a layout.
+    """
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    qkv_bias: bool = False
+    vision: VisionShape | None = None
+    projector: tuple[tuple[int, int], ...] = ()
+    image: ImageRule | None = None
+
+
+def shape_names() -> list[str]:
+    """Names of the shipped shapes."""
+    return sorted(path.stem for path in SHAPES.glob("*.yaml"))
+
+
+def load_shape(source: str | Path) -> ModelShape:
+    """The shipped shape called `source`, or that of a folder with a transformers `config.json`."""
+    shipped = SHAPES / f"{source}.yaml"
+    if isinstance(source, str) and shipped.is_file():
+        return _from_yaml(shipped)
+    if (Path(source) / "config.json").is_file():
+        from .shape_config import shape_of_folder
+
+        return shape_of_folder(Path(source))
+    near = difflib.get_close_matches(str(source), shape_names(), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ShapeError(
+        f"model: got {str(source)!r}, expected a folder with a config.json or one of {', '.join(shape_names())}{hint}"
+    )
+
+
+def shape_of(model) -> ModelShape:
+    """The shape of a live transformers model, multimodal or a bare language model."""
+    from .shape_config import shape_of_config
+
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ShapeError(
+            f"model: got {type(model).__name__}, expected a transformers model, a shape, a name or a folder"
+        )
+    return shape_of_config(config, type(model).__name__)
+
+
+def as_shape(source) -> ModelShape:
+    """`source` (shape, shipped name, folder or live model) as a shape."""
+    if isinstance(source, ModelShape):
+        return source
+    return load_shape(source) if isinstance(source, str | Path) else shape_of(source)
+
+
+def _from_yaml(path: Path) -> ModelShape:
+    data = yaml.safe_load(path.read_text())
+    vision = VisionShape(**data.pop("vision"))
+    projector = tuple(tuple(matrix) for matrix in data.pop("projector"))
+    return ModelShape(**data | {"vision": vision, "projector": projector, "image": image_rule(**data["image"])})
+
+
+def image_rule(rule: str, **settings) -> ImageRule:
+    """The image rule called `rule` with its settings, lists turned into tuples."""
+
+    def frozen(value):
+        return tuple(frozen(item) for item in value) if isinstance(value, list | tuple) else value
+
+    return IMAGE_RULES[rule](**{key: frozen(value) for key, value in settings.items()})
