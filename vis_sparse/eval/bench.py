@@ -1,0 +1,119 @@
+"""`vis-sparse bench`: time, FLOPs and bytes of plans at a model's full width, with random weights."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def bench(
+    model: str,
+    plans: list[str],
+    *,
+    layers: int = 8,
+    batch: int = 1,
+    text_tokens: int = 64,
+    image_size: tuple[int, int] | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    repeats: int = 5,
+    decode: bool = False,
+    on_turn=None,
+) -> list[dict]:
+    """Figures of every plan, in the order given: the JSON objects of the command.
+
+    model: a shipped shape or a checkpoint folder (for its sizes; the weights are random). plans: names or YAML files.
+    layers: decoder layers that are built; plans are resolved for that depth. image_size: (height, width) in pixels.
+    on_turn(done, total): called after each timed turn. Raises PlanError or ShapeError before anything is built.
+    """
+    import dataclasses
+
+    import torch
+
+    from ..heads import resolve_heads
+    from ..plan_yaml import as_plan
+    from ..shapes import load_shape
+    from .bench_model import image_layout, random_embeddings, random_model
+    from .measure import Measurement
+    from .timing import machine_facts
+
+    shape = dataclasses.replace(load_shape(model), layers=layers)
+    resolved = {name: resolve_heads(as_plan(name, layers), shape.heads, shape.kv_heads, "first") for name in plans}
+    layout = image_layout(shape, batch, text_tokens, image_size)
+    place = {"dtype": getattr(torch, dtype), "device": torch.device(device)}
+    measurement = Measurement(
+        random_model(shape, **place),
+        random_embeddings(shape, layout, text_tokens, **place),
+        layout,
+        resolved,
+        heads="first",
+    )
+    total, done = repeats * len(measurement.variants), 0
+
+    def turn_over():
+        nonlocal done
+        done += 1
+        if on_turn is not None:
+            on_turn(done, total)
+
+    figures = measurement.run(repeats, decode, turn_over)
+    setting = {
+        "model": shape.name,
+        "layers": layers,
+        "batch": batch,
+        "visual_tokens": layout.num_visual // batch,
+        "text_tokens": text_tokens,
+        "dtype": dtype,
+        "repeats": repeats,
+        "timed": "decoder layers and final norm on input embeddings; no vision tower, projector or LM head",
+    }
+    facts = machine_facts(place["device"])
+    return [{"plan": name, **setting, **figures[name], **facts} for name in plans]
+
+
+def bench_command(
+    model: Annotated[str, typer.Option(help="shape or checkpoint folder")] = "llava-1.5-7b",
+    layers: Annotated[int, typer.Option(min=1, help="decoder layers to build")] = 8,
+    plan: Annotated[str, typer.Option(help="plans, separated by commas")] = "yopo-12",
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    text_tokens: Annotated[int, typer.Option(min=1, help="text tokens of a sample")] = 64,
+    image_size: Annotated[int | None, typer.Option(min=1, help="side of the image in pixels")] = None,
+    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    repeats: Annotated[int, typer.Option(min=1, help="rounds; a round measures every variant once")] = 5,
+    decode: Annotated[bool, typer.Option("--decode", help="also time a decode step after the prompt")] = False,
+    json: Annotated[str | None, typer.Option(help="write the figures to a file, - for stdout")] = None,
+) -> None:
+    """Time plans against the unpatched model, at full width with random weights.
+
+    The unpatched model, the dense plan and each plan run in turns; medians are shown with the fastest and the slowest
+    round. Timed is the decoder on input embeddings. `--json` writes an object, or a list of them for several plans.
+
+    Example: vis-sparse bench --model llava-1.5-7b --layers 8 --plan auto,yopo-12 --decode
+    """
+    from .report import bench_tables, console_beside, progress, write_json
+
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"got {dtype!r}, expected one of {', '.join(DTYPES)}", param_hint="--dtype")
+    plans = list(dict.fromkeys(name.strip() for name in plan.split(",")))
+    with progress("random weights, first round") as on_turn:
+        results = bench(
+            model,
+            plans,
+            layers=layers,
+            batch=batch,
+            text_tokens=text_tokens,
+            image_size=image_size and (image_size, image_size),
+            dtype=dtype,
+            device=device,
+            repeats=repeats,
+            decode=decode,
+            on_turn=on_turn,
+        )
+    for table in bench_tables(results):
+        console_beside(json).print(table)
+    if json:
+        write_json(results[0] if len(results) == 1 else results, json)

@@ -1,0 +1,149 @@
+"""What plans really cost on one model and one prompt: seconds, bytes and counted FLOPs, the unpatched model beside.
+
+What is timed is the decoder on input embeddings, from the first layer to the final norm; vision tower, projector and
+LM head are the same under every plan and stay out, of the FLOPs too.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import vis_sparse
+
+from ..cost import CostReport
+from ..layout import VisualLayout
+from ..plan import VisualPlan
+from ..shapes import shape_of
+from .memory import PeakBytes, cache_bytes
+from .timing import WARM_EVERY_TURN_BELOW, in_turns, paired_ratio, timed
+
+UNPATCHED, DENSE_PLAN = "unpatched", "dense"
+DECODE_STEPS = 3
+
+
+class Measurement:
+    """One model, one prompt and some plans, beside them the unpatched model and the dense plan."""
+
+    def __init__(self, model, embeddings: Tensor, layout: VisualLayout, plans: dict[str, VisualPlan], heads=None):
+        """embeddings: (batch, tokens, hidden), without padding. plans: by label. heads: as in `vis_sparse.patch`."""
+        self.model, self.embeddings, self.layout, self.heads = model, embeddings, layout, heads
+        self.labels = tuple(plans)
+        self.plans = {DENSE_PLAN: VisualPlan.dense(shape_of(model).layers)} | plans
+        self.variants = (UNPATCHED, *self.plans)
+
+    def run(self, repeats: int = 5, decode: bool = False, on_turn: Callable[[], None] = lambda: None) -> dict:
+        """{label: its figures (see `_figures`)}, everything timed in turns. The model is left unpatched.
+
+        decode: also time a decode step at the end of the prompt. on_turn: called after each of the
+        `repeats * len(variants)` turns.
+        """
+        sizes, warm_s = {}, {}
+
+        def turn(variant: str) -> dict[str, float]:
+            self._switch(variant)
+            if variant not in sizes:
+                sizes[variant], warm_s[variant] = self._warm_up()
+            elif warm_s[variant] < WARM_EVERY_TURN_BELOW:
+                self._prefill()
+            seconds = self._seconds(decode)
+            on_turn()
+            return seconds
+
+        try:
+            with torch.no_grad():
+                samples = in_turns(self.variants, turn, repeats)
+        finally:
+            self._switch(UNPATCHED)
+        costs = {label: self._cost(plan) for label, plan in self.plans.items()}
+        return {label: _figures(label, samples, sizes, costs) for label in self.labels}
+
+    def _switch(self, variant: str) -> None:
+        if variant == UNPATCHED:
+            vis_sparse.unpatch(self.model)
+        else:
+            vis_sparse.patch(self.model, self.plans[variant], heads=self.heads)
+
+    def _forward(self, embeddings: Tensor, cache=None):
+        return self.model.model.language_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
+
+    def _prefill(self):
+        with vis_sparse.use_layout(self.model, self.layout):
+            return self._forward(self.embeddings).past_key_values
+
+    def _warm_up(self) -> tuple[dict[str, int], float]:
+        device = self.embeddings.device
+
+        def counted():
+            with PeakBytes() as memory:
+                sizes["kv_bytes"] = cache_bytes(self._prefill())
+            sizes["peak_bytes"] = memory.peak
+
+        sizes = {}
+        return sizes, timed(counted, device)
+
+    def _seconds(self, decode: bool) -> dict[str, float]:
+        device, kept = self.embeddings.device, []
+        seconds = {"s": timed(lambda: kept.append(self._prefill()), device)}
+        if decode:
+            cache, token = kept.pop(), self.embeddings[:, -1:]
+            self._forward(token, cache)
+            steps = [timed(lambda: self._forward(token, cache), device) for _ in range(DECODE_STEPS)]
+            seconds["decode_s"] = statistics.median(steps)
+        return seconds
+
+    def _cost(self, plan: VisualPlan) -> CostReport:
+        text_tokens = self.embeddings.shape[1] - self.layout.num_visual // self.layout.batch_size
+        return vis_sparse.flops(
+            shape_of(self.model),
+            plan,
+            layout=self.layout,
+            text_tokens=text_tokens,
+            convention="executed",
+            heads=self.heads,
+            kv_dtype_bytes=self.embeddings.element_size(),
+        )
+
+
+def _figures(label: str, samples: dict, sizes: dict, costs: dict[str, CostReport]) -> dict:
+    """Every figure of one plan. Seconds are medians over rounds; `spread` has the fastest and slowest round."""
+    cost, dense = costs[label], costs[DENSE_PLAN]
+    figures = {
+        "kv_bytes": sizes[label]["kv_bytes"],
+        "kv_bytes_dense": sizes[UNPATCHED]["kv_bytes"],
+        "kv_visual_bytes": cost.kv_visual_bytes,
+        "kv_visual_bytes_dense": dense.kv_visual_bytes,
+        "peak_bytes": sizes[label]["peak_bytes"],
+        "peak_bytes_dense": sizes[UNPATCHED]["peak_bytes"],
+        "flops": cost.total,
+        "flops_dense": dense.total,
+        "flops_visual": cost.prefill.lane("visual"),
+        "flops_visual_dense": dense.prefill.lane("visual"),
+    }
+    figures |= _times(label, samples, "s", "", dense.total / cost.total)
+    if "decode_s" in samples[label]:
+        figures |= _times(label, samples, "decode_s", "decode_", dense.decode.total / cost.decode.total)
+    return figures
+
+
+def _times(label: str, samples: dict, quantity: str, prefix: str, flop_ratio: float) -> dict:
+    series = {
+        "dense_s": samples[UNPATCHED][quantity],
+        "dense_plan_s": samples[DENSE_PLAN][quantity],
+        "patched_s": samples[label][quantity],
+    }
+    median = {name: statistics.median(values) for name, values in series.items()}
+    speedup = median["dense_s"] / median["patched_s"]
+    figures = {
+        **median,
+        "spread": {name: [min(values), max(values)] for name, values in series.items()},
+        "speedup": speedup,
+        "speedup_paired": paired_ratio(series["dense_s"], series["patched_s"]),
+        "flop_ratio": flop_ratio,
+        "efficiency": speedup / flop_ratio,
+        "efficiency_vs_dense_plan": median["dense_plan_s"] / median["patched_s"] / flop_ratio,
+    }
+    return {prefix + name: value for name, value in figures.items()}

@@ -1,0 +1,73 @@
+"""Paired timing: several variants of one computation in turns, so that a slow minute of the machine hits all alike."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+
+import torch
+
+# Patching may leave work to the first call (tables that depend on the layout). Where a call takes longer than this,
+# that work does not show, and a second warm-up in every turn would only double the waiting.
+WARM_EVERY_TURN_BELOW = 0.5
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds that `call` takes, with everything it queued on `device` finished."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def in_turns(variants: Sequence[str], measure: Callable[[str], dict[str, float]], repeats: int) -> dict:
+    """Measure every variant once a round, in an order that rotates by one each round.
+
+    measure: variant -> {quantity: value}. Returns {variant: {quantity: [value of round 0, round 1, ...]}}.
+    """
+    samples = {variant: {} for variant in variants}
+    for turn in range(repeats):
+        shift = turn % len(variants)
+        for variant in (*variants[shift:], *variants[:shift]):
+            for quantity, value in measure(variant).items():
+                samples[variant].setdefault(quantity, []).append(value)
+    return samples
+
+
+def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    """Median over rounds of numerator / denominator."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def machine_facts(device: torch.device) -> dict:
+    """Where a measurement was made: {machine, versions, date}."""
+    machine = {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(device) if device.type != "cuda" else torch.cuda.get_device_name(device),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    versions = {name: version(name) for name in ("vis_sparse", "torch", "transformers")}
+    versions["python"] = platform.python_version()
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return {"machine": machine, "versions": versions, "date": date}
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
