@@ -21,10 +21,7 @@ def load_heads(path: str | Path) -> np.ndarray:
     if not path.is_file():
         raise PlanError(f"heads: got {str(path)!r}, expected an existing .npy or .safetensors file")
     try:
-        if path.suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
-        else:
-            array = load_file(path)["heads"]
+        array = np.load(path, allow_pickle=False) if path.suffix == ".npy" else load_file(path)["heads"]
     except Exception as error:
         raise PlanError(f"heads: {path}: expected a .npy array or a .safetensors tensor 'heads' ({error})") from None
     return _checked(array)

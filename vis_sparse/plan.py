@@ -355,5 +355,6 @@ def mask_plan(plan: VisualPlan, masks: Sequence[Sequence[bool]]) -> VisualPlan:
     """`plan` with the active heads of every layer set by `masks`, bool (layers, heads)."""
     if len(masks) != plan.num_layers:
         raise PlanError(f"heads: got masks for {len(masks)} layers, expected {plan.num_layers}")
-    layers = (dataclasses.replace(layer, heads=tuple(map(bool, mask))) for layer, mask in zip(plan.layers, masks))
+    pairs = zip(plan.layers, masks, strict=True)
+    layers = (dataclasses.replace(layer, heads=tuple(map(bool, mask))) for layer, mask in pairs)
     return plan.replace(layers=tuple(layers))

@@ -56,7 +56,8 @@ def read_recipe(source: str | Path) -> PlanRecipe:
     except yaml.YAMLError as error:
         raise PlanError(f"{origin}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
-        raise PlanError(f"{origin}: got {type(data).__name__}, expected a mapping with the keys {', '.join(_PLAN_KEYS)}")
+        keys = ", ".join(_PLAN_KEYS)
+        raise PlanError(f"{origin}: got {type(data).__name__}, expected a mapping with the keys {keys}")
     try:
         return _recipe(data)
     except PlanError as error:

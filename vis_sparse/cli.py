@@ -1,0 +1,37 @@
+"""The program `vis-sparse`: nothing but its commands put together.
+
+A command is a function in a module of its own that imports torch and transformers only when it runs, so that
+`vis-sparse --help` is quick. Adding one is one line below.
+"""
+
+from __future__ import annotations
+
+import typer
+from typer.core import TyperGroup
+
+from .cli_flops import flops_command
+from .cli_plan import plan_app
+from .layout import LayoutError
+from .plan import PlanError
+from .shapes import ShapeError
+
+
+class _OneLineErrors(TyperGroup):
+    """Errors in what the user gave are one line on stderr and exit code 2; a traceback is for bugs."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except (PlanError, LayoutError, ShapeError) as error:
+            typer.echo(f"vis-sparse: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    help="Sparse computation for the visual tokens of multimodal LLMs.",
+)
+app.add_typer(plan_app, name="plan")
+app.command("flops", epilog="Example: vis-sparse flops --model llava-1.5-7b --plan dense,auto,yopo-12")(flops_command)

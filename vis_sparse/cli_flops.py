@@ -1,0 +1,133 @@
+"""`vis-sparse flops`: what plans cost on a model."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .cli_options import ConventionOption, JsonOption, ModelOption, bar, human, mebibytes, report
+from .cost import CostReport, flops
+from .cost_report import PARTS, PassCost
+from .plan import PlanError
+from .shapes import ShapeError, load_shape
+
+
+def flops_command(
+    model: ModelOption = "llava-1.5-7b",
+    plan: Annotated[str, typer.Option("--plan", metavar="A,B,...", help="Plans (names or files) to count.")] = "auto",
+    text_tokens: Annotated[int, typer.Option(min=0, help="Text tokens of a sample, those before the image too.")] = 64,
+    text_before: Annotated[int, typer.Option(min=0, help="Text tokens before the first image.")] = 35,
+    image_size: Annotated[str | None, typer.Option(metavar="WxH", help="Size of the images in pixels.")] = None,
+    images: Annotated[int, typer.Option(min=0, help="Images in a sample.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 1,
+    convention: ConventionOption = "executed",
+    json_file: JsonOption = None,
+) -> None:
+    """Count the FLOPs and the KV cache of plans on a model: one by part and layer, several side by side."""
+    shape = load_shape(model)
+    settings = {
+        "text_tokens": text_tokens,
+        "text_before": min(text_before, text_tokens),
+        "image_size": _pixels(image_size),
+        "images": images,
+        "batch": batch,
+        "convention": convention,
+    }
+    dense = flops(shape, "dense", **settings)
+    names = [name.strip() for name in plan.split(",") if name.strip()]
+    if not names:
+        raise PlanError(f"plan: got {plan!r}, expected one name or several with commas between them")
+    costs = [flops(shape, name, **settings) for name in names]
+    data = [cost.to_dict() | {"of_dense": cost.total / dense.total if dense.total else None} for cost in costs]
+
+    def draw(console: Console) -> None:
+        first = costs[0]
+        console.print(
+            f"{shape.name}, batch {first.batch}, {first.visual_tokens} visual and {first.text_tokens} text tokens, "
+            f"FLOPs by convention [bold]{convention}[/bold]"
+        )
+        if len(costs) == 1:
+            _draw_one(console, first, dense)
+        else:
+            _draw_several(console, costs, dense)
+
+    report({"model": shape.name, "plans": data, "dense": dense.to_dict()}, json_file, draw)
+
+
+def _pixels(text: str | None) -> tuple[int, int] | None:
+    """(height, width) of "WxH"."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip().lower())
+    if match is None:
+        raise ShapeError(f"image-size: got {text!r}, expected WIDTHxHEIGHT in pixels, like 672x336")
+    return int(match[2]), int(match[1])
+
+
+def _draw_several(console: Console, costs: list[CostReport], dense: CostReport) -> None:
+    table = Table(box=box.SIMPLE_HEAD)
+    headings = ["plan", "visual", "text", "prefill", "of dense", "fewer", "KV cache"]
+    if dense.decode:
+        headings.insert(-1, "decode")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("plan", "of dense") else "right", no_wrap=True)
+    for cost in costs:
+        share = cost.total / dense.total if dense.total else 1.0
+        row = [
+            cost.plan,
+            human(cost.prefill.lane("visual")),
+            human(cost.prefill.lane("text")),
+            human(cost.total),
+            bar(share, 5) + Text(f" {share:6.1%}"),
+            f"{1 / share:.2f}x" if share else "-",
+            mebibytes(cost.kv_bytes),
+        ]
+        if cost.decode:
+            row.insert(-1, human(cost.decode.total))
+        table.add_row(*row)
+    console.print(table)
+    console.print(_the_rest(dense.prefill))
+
+
+def _the_rest(prefill: PassCost) -> str:
+    parts = (("vision tower", prefill.vision_tower), ("projector", prefill.projector), ("LM head", prefill.lm_head))
+    counted = ", ".join(f"{name} {human(cost)}" for name, cost in parts if cost is not None)
+    if not counted:
+        return "Vision tower, projector and LM head are not counted by this convention."
+    return f"Apart from the decoder, the same under every plan: {counted}"
+
+
+def _draw_one(console: Console, cost: CostReport, dense: CostReport) -> None:
+    parts = Table(title=f"plan {cost.plan}, by part", title_justify="left")
+    columns = [("visual", cost.prefill, "visual"), ("text", cost.prefill, "text"), ("dense, both", dense.prefill, None)]
+    if cost.decode:
+        columns.append(("decode step", cost.decode, None))
+    for heading in ("part", *(name for name, _, _ in columns)):
+        parts.add_column(heading, justify="left" if heading == "part" else "right", no_wrap=True)
+    for part in PARTS:
+        parts.add_row(part, *(human(counted.part(part, lane)) for _, counted, lane in columns))
+    parts.add_section()
+    totals = (counted.total if lane is None else counted.lane(lane) for _, counted, lane in columns)
+    parts.add_row("decoder", *map(human, totals))
+    console.print(parts)
+
+    layers = Table(title="by layer", title_justify="left", box=None, collapse_padding=True)
+    for heading in ("layer", "visual", "text", "dense", ""):
+        layers.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for index, (layer, before) in enumerate(zip(cost.prefill.layers, dense.prefill.layers, strict=True)):
+        share = layer.total / before.total if before.total else 0.0
+        numbers = map(human, (layer.visual.total, layer.text.total, before.total))
+        layers.add_row(str(index), *numbers, bar(share, 16, "red") + Text(f" {share:4.0%}"))
+    console.print(layers)
+    share = cost.total / dense.total if dense.total else 1.0
+    console.print(
+        f"{human(cost.total)} of {human(dense.total)} FLOPs ({share:.1%}), "
+        f"KV cache {mebibytes(cost.kv_bytes)} of {mebibytes(dense.kv_bytes)}"
+    )
+    console.print(_the_rest(cost.prefill))

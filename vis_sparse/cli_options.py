@@ -1,0 +1,53 @@
+"""What the commands have in common: options, the `--json` convention, and how numbers are written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - = stdout.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", metavar="NAME", help="A shipped model shape, or a folder with a config.json.")
+]
+ConventionOption = Annotated[
+    str, typer.Option("--convention", help="executed (text included), paper, macs or fastv (visual tokens only).")
+]
+
+
+def report(data, json_file: str | None, draw: Callable[[Console], None]) -> None:
+    """Give a command's result back: `data` as JSON if a file was asked for, and drawn unless JSON has stdout."""
+    if json_file is not None:
+        text = json.dumps(data, indent=2) + "\n"
+        if json_file == "-":
+            sys.stdout.write(text)
+            return
+        Path(json_file).write_text(text)
+    draw(Console())
+
+
+def human(count: float) -> str:
+    """`count` with a decimal prefix and four digits: 7634300000000 -> "7.634 T"."""
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            value = count / size
+            return f"{value:.{3 if value < 10 else 2 if value < 100 else 1}f} {prefix}"
+    return f"{count:.0f}"
+
+
+def mebibytes(count: int) -> str:
+    """Bytes as MiB."""
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def bar(share: float, width: int = 10, style: str = "cyan") -> Text:
+    """A bar of `width` cells, `share` of it filled; anything above 0 shows at least an eighth of a cell."""
+    eighths = max(round(share * width * 8), 1 if share > 0 else 0)
+    filled = "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
+    return Text(filled, style=style) + Text("·" * (width - len(filled)), style="bright_black")

@@ -1,0 +1,153 @@
+"""`vis-sparse plan`: which plans there are, and what one of them does to a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .cli_options import ConventionOption, JsonOption, ModelOption, bar, human, mebibytes, report
+from .cost import CostReport, flops
+from .heads import resolve_heads
+from .plan import LayerPlan, Neighborhood, VisualPlan
+from .plan_yaml import as_plan, load_plan, plan_names
+from .schedule import LayerWork, schedule
+from .shapes import ModelShape, load_shape
+
+plan_app = typer.Typer(no_args_is_help=True, help="List the shipped plans, or draw one.")
+
+
+@plan_app.command("list", epilog="Example: vis-sparse plan list --model llava-1.5-13b")
+def list_command(model: ModelOption = "llava-1.5-7b", json_file: JsonOption = None) -> None:
+    """The shipped plans, and the share of a model's visual FLOPs that each one leaves (convention "paper")."""
+    shape = load_shape(model)
+    dense = flops(shape, "dense", convention="paper").total
+    rows = []
+    for name in plan_names():
+        cost = flops(shape, name, convention="paper").total
+        rows.append({"name": name, "about": load_plan(name).about, "visual_flops": cost, "share": cost / dense})
+
+    def draw(console: Console) -> None:
+        table = Table(title=f"Plans, and visual FLOPs of {shape.name}", title_justify="left")
+        for heading in ("plan", "FLOPs", "of dense", "about"):
+            table.add_column(heading, justify="right" if heading == "FLOPs" else "left", no_wrap=heading != "about")
+        for row in rows:
+            share = bar(row["share"], 6) + Text(f" {row['share']:4.0%}")
+            table.add_row(row["name"], human(row["visual_flops"]), share, row["about"])
+        console.print(table)
+
+    report({"model": shape.name, "plans": rows}, json_file, draw)
+
+
+@plan_app.command("show", epilog="Example: vis-sparse plan show yopo-12 --model llava-1.5-7b")
+def show_command(
+    plan: Annotated[str, typer.Argument(metavar="PLAN", help="A shipped plan, or a YAML file.")],
+    model: ModelOption = "llava-1.5-7b",
+    convention: ConventionOption = "executed",
+    json_file: JsonOption = None,
+) -> None:
+    """Draw a plan on a model: what visual tokens do in each layer, and what that costs."""
+    shape = load_shape(model)
+    # without scores the first heads stand in for a budget's: their number, which is what is drawn, is right
+    chosen = resolve_heads(as_plan(plan, shape.layers), shape.heads, shape.kv_heads, "first")
+    work = schedule(chosen, shape.heads, shape.kv_heads, shape.ffn)
+    dense, cost = (flops(shape, each, convention=convention) for each in ("dense", chosen))
+    rows = [
+        {
+            "layer": index,
+            "text_reads": layer.text_reads,
+            "attention": _attention_data(layer.attention),
+            "heads": _head_count(layer, shape),
+            "ffn": _ffn_share(layer, shape),
+            "dense_flops": before.total,
+            "flops": after.total,
+        }
+        for index, (layer, before, after) in enumerate(
+            zip(chosen.layers, dense.prefill.layers, cost.prefill.layers, strict=True)
+        )
+    ]
+    data = {
+        "plan": chosen.name,
+        "about": chosen.about,
+        "semantics": chosen.semantics,
+        "model": shape.name,
+        "convention": convention,
+        "layers": rows,
+        "dense_flops": dense.total,
+        "flops": cost.total,
+        "kv_bytes": cost.kv_bytes,
+        "dense_kv_bytes": dense.kv_bytes,
+    }
+    report(data, json_file, lambda console: _draw(console, chosen, shape, work, rows, dense, cost))
+
+
+_NOTHING = Text("·", style="bright_black")
+
+
+def _head_count(layer: LayerPlan, shape: ModelShape) -> int:
+    return shape.heads if layer.heads is None else sum(layer.heads)
+
+
+def _ffn_share(layer: LayerPlan, shape: ModelShape) -> float:
+    return layer.ffn if isinstance(layer.ffn, float) else len(layer.ffn) / shape.ffn
+
+
+def _attention_data(attention: str | Neighborhood) -> str | dict:
+    return dataclasses.asdict(attention) if isinstance(attention, Neighborhood) else attention
+
+
+def _attention_text(attention: str | Neighborhood) -> Text:
+    if attention == "full":
+        return Text("▦ full", style="yellow")
+    if attention == "none":
+        return Text("· none", style="bright_black")
+    side = 2 * attention.radius + 1
+    mark = "◰" if attention.direction == "causal" else "▣"
+    frames = f", {attention.frames} frames" if attention.frames else ""
+    stride = f", stride {attention.stride}" if attention.stride > 1 else ""
+    return Text(f"{mark} {side}x{side} {attention.direction}{frames}{stride}", style="green")
+
+
+def _work_cells(row: dict, layer: LayerPlan, item: LayerWork, shape: ModelShape) -> tuple[Text, Text, Text]:
+    """The cells of attention, heads and FFN."""
+    uses_heads = layer.text_reads or layer.attention != "none"
+    heads = bar(row["heads"] / shape.heads, 6, "blue") + Text(f" {row['heads']}") if uses_heads else _NOTHING
+    if layer.updates and not item.updates:  # no later layer reads the rows, so they are not updated any more
+        return Text("· unread after", style="bright_black"), heads, _NOTHING
+    ffn = bar(row["ffn"], 6, "cyan") + Text(f" {row['ffn']:.0%}") if row["ffn"] else _NOTHING
+    return _attention_text(layer.attention), heads, ffn
+
+
+def _draw(
+    console: Console,
+    plan: VisualPlan,
+    shape: ModelShape,
+    work: tuple[LayerWork, ...],
+    rows: list[dict],
+    dense: CostReport,
+    cost: CostReport,
+) -> None:
+    console.print(Text(plan.name, style="bold") + Text(f" on {shape.name}: {plan.about}", style="not bold"))
+    table = Table(box=None, collapse_padding=True, pad_edge=False, header_style="bright_black")
+    for heading in ("layer", "read", "attention", "heads", "FFN", "dense", "plan", ""):
+        table.add_column(heading, justify="right" if heading in ("layer", "dense", "plan") else "left", no_wrap=True)
+    for row, layer, item in zip(rows, plan.layers, work, strict=True):
+        share = row["flops"] / row["dense_flops"] if row["dense_flops"] else 0.0
+        table.add_row(
+            str(row["layer"]),
+            Text("● text", style="magenta") if layer.text_reads else _NOTHING,
+            *_work_cells(row, layer, item, shape),
+            human(row["dense_flops"]),
+            human(row["flops"]),
+            bar(share, 8, "red") + Text(f" {share:4.0%}"),
+        )
+    console.print(table)
+    console.print(
+        f"{cost.visual_tokens} visual and {cost.text_tokens} text tokens, convention {cost.convention}: "
+        f"{human(cost.total)} of {human(dense.total)} FLOPs ({cost.total / dense.total:.1%}), "
+        f"KV cache {mebibytes(cost.kv_bytes)} of {mebibytes(dense.kv_bytes)}"
+    )
