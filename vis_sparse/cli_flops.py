@@ -6,12 +6,10 @@ import re
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from .cli_options import ConventionOption, JsonOption, ModelOption, bar, human, mebibytes, report
+from .cli_options import ConventionOption, JsonOption, ModelOption, bar, human, mebibytes, report, tight_table
 from .cost import CostReport, flops
 from .cost_report import PARTS, PassCost
 from .plan import PlanError
@@ -71,12 +69,10 @@ def _pixels(text: str | None) -> tuple[int, int] | None:
 
 
 def _draw_several(console: Console, costs: list[CostReport], dense: CostReport) -> None:
-    table = Table(box=box.SIMPLE_HEAD)
     headings = ["plan", "visual", "text", "prefill", "of dense", "fewer", "KV cache"]
     if dense.decode:
         headings.insert(-1, "decode")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("plan", "of dense") else "right", no_wrap=True)
+    table = tight_table(*headings, left=("plan", "of dense"))
     for cost in costs:
         share = cost.total / dense.total if dense.total else 1.0
         row = [
@@ -104,22 +100,18 @@ def _the_rest(prefill: PassCost) -> str:
 
 
 def _draw_one(console: Console, cost: CostReport, dense: CostReport) -> None:
-    parts = Table(title=f"plan {cost.plan}, by part", title_justify="left")
-    columns = [("visual", cost.prefill, "visual"), ("text", cost.prefill, "text"), ("dense, both", dense.prefill, None)]
+    columns = [("visual", cost.prefill, "visual"), ("text", cost.prefill, "text"), ("dense plan", dense.prefill, None)]
     if cost.decode:
         columns.append(("decode step", cost.decode, None))
-    for heading in ("part", *(name for name, _, _ in columns)):
-        parts.add_column(heading, justify="left" if heading == "part" else "right", no_wrap=True)
+    names = (name for name, _, _ in columns)
+    parts = tight_table("part", *names, left=("part",), title=f"plan {cost.plan}, by part")
     for part in PARTS:
         parts.add_row(part, *(human(counted.part(part, lane)) for _, counted, lane in columns))
-    parts.add_section()
     totals = (counted.total if lane is None else counted.lane(lane) for _, counted, lane in columns)
     parts.add_row("decoder", *map(human, totals))
     console.print(parts)
 
-    layers = Table(title="by layer", title_justify="left", box=None, collapse_padding=True)
-    for heading in ("layer", "visual", "text", "dense", ""):
-        layers.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    layers = tight_table("layer", "visual", "text", "dense plan", "", left=("",), title="by layer")
     for index, (layer, before) in enumerate(zip(cost.prefill.layers, dense.prefill.layers, strict=True)):
         share = layer.total / before.total if before.total else 0.0
         numbers = map(human, (layer.visual.total, layer.text.total, before.total))

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - = stdout.")]
@@ -30,6 +31,16 @@ def report(data, json_file: str | None, draw: Callable[[Console], None]) -> None
             return
         Path(json_file).write_text(text)
     draw(Console())
+
+
+def tight_table(*headings: str, left: tuple[str, ...] = (), title: str | None = None) -> Table:
+    """A table without lines that fits 80 columns; numbers to the right, the columns named in `left` to the left."""
+    table = Table(
+        title=title, title_justify="left", box=None, collapse_padding=True, pad_edge=False, header_style="bright_black"
+    )
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
+    return table
 
 
 def human(count: float) -> str:

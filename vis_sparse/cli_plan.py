@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .cli_options import ConventionOption, JsonOption, ModelOption, bar, human, mebibytes, report
+from .cli_options import ConventionOption, JsonOption, ModelOption, bar, human, mebibytes, report, tight_table
 from .cost import CostReport, flops
 from .heads import resolve_heads
 from .plan import LayerPlan, Neighborhood, VisualPlan
@@ -132,9 +132,8 @@ def _draw(
     cost: CostReport,
 ) -> None:
     console.print(Text(plan.name, style="bold") + Text(f" on {shape.name}: {plan.about}", style="not bold"))
-    table = Table(box=None, collapse_padding=True, pad_edge=False, header_style="bright_black")
-    for heading in ("layer", "read", "attention", "heads", "FFN", "dense", "plan", ""):
-        table.add_column(heading, justify="right" if heading in ("layer", "dense", "plan") else "left", no_wrap=True)
+    left = ("read", "attention", "heads", "FFN", "")
+    table = tight_table("layer", "read", "attention", "heads", "FFN", "dense", "plan", "", left=left)
     for row, layer, item in zip(rows, plan.layers, work, strict=True):
         share = row["flops"] / row["dense_flops"] if row["dense_flops"] else 0.0
         table.add_row(
