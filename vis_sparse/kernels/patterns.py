@@ -1,0 +1,167 @@
+"""Which keys a visual query reads: one rule, and the tiles in which the rule is applied.
+
+The rule (`visible`) is evaluated on coordinates. The reference backend evaluates it for all pairs; the tiled backend
+cuts every grid into tiles, gives each tile the keys that its halo touches, and evaluates it there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from ..packing import Coordinates
+from ..plan import Neighborhood
+
+# Cost of fetching one key row in units of one query-key pair: a row of K and V is copied (16 bytes a head_dim
+# element in fp32) where a pair costs 4 FLOPs a head_dim element.
+_FETCH = 24
+_TILE_SIDES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+def visible(attention: str | Neighborhood, query: Coordinates, key: Coordinates) -> np.ndarray:
+    """Whether visual queries read keys, for coordinates that broadcast against each other (DESIGN.md section 3)."""
+    before = key.column <= query.column
+    if isinstance(attention, Neighborhood):
+        near = (key.segment == query.segment) & (np.abs(key.frame - query.frame) <= attention.frames)
+        for axis, side in (("y", query.height), ("x", query.width)):
+            low, high = _window(attention, getattr(query, axis), side)
+            near &= (getattr(key, axis) >= low) & (getattr(key, axis) <= high)
+        visual = near & before if attention.direction == "causal" else near
+    else:
+        visual = before
+    return (key.sample == query.sample) & key.valid & np.where(key.is_visual, visual, before)
+
+
+def _window(near: Neighborhood, position, side):
+    """First and last coordinate of the window of a query at `position`; a block of `stride` queries shares it."""
+    first = position // near.stride * near.stride
+    last = np.minimum(first + near.stride - 1, side - 1)
+    return first - near.radius, last + near.radius
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Index tables of the tiled backend.
+
+    query: (tiles, Q) packed visual row of each query, padded with a repeated row. key: (tiles, K) index into the
+    (batch * slots) key rows. mask: (tiles, 1, Q, K) bool, True = read. position: (num_visual,) place of each packed
+    row in the flattened (tiles * Q) output; None if that is the packed order itself.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    mask: torch.Tensor
+    position: torch.Tensor | None
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs that are computed, padding and masked ones included."""
+        return self.query.numel() * self.key.shape[1]
+
+
+class VisualPattern:
+    """What the visual queries of one call read, as tables that each backend takes in its own form.
+
+    attention: "full" or a Neighborhood. query: coordinates of the packed visual rows. slots: coordinates of the keys,
+    (batch, slots). Tables are built on first use and kept.
+    """
+
+    def __init__(self, attention: str | Neighborhood, query: Coordinates, slots: Coordinates, device: torch.device):
+        self.attention, self.query, self.slots, self.device = attention, query, slots, device
+
+    @cached_property
+    def dense_mask(self) -> torch.Tensor:
+        """(num_visual, batch * slots) bool, True = read."""
+        query = self.query.take(np.s_[:, None])
+        key = Coordinates(*(array.reshape(1, -1) for array in self.slots))
+        return torch.from_numpy(visible(self.attention, query, key)).to(self.device)
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        boxes = self._boxes()
+        num_queries = max(len(q) for q, _ in boxes)
+        num_keys = max(len(k) for _, k in boxes)
+        query = np.zeros((len(boxes), num_queries), dtype=np.int64)
+        key = np.zeros((len(boxes), num_keys), dtype=np.int64)
+        real = np.zeros((len(boxes), num_keys), dtype=bool)
+        position = np.empty(len(self.query.sample), dtype=np.int64)
+        for tile, (q, k) in enumerate(boxes):
+            query[tile], key[tile] = q[0], k[0]
+            query[tile, : len(q)], key[tile, : len(k)] = q, k
+            real[tile, : len(k)] = True
+            position[q] = tile * num_queries + np.arange(len(q))
+        flat = Coordinates(*(array.ravel() for array in self.slots))
+        keys = flat.take(key)
+        keys = keys._replace(valid=keys.valid & real).take(np.s_[:, None, :])
+        mask = visible(self.attention, self.query.take(query).take(np.s_[:, :, None]), keys)
+        in_order = np.array_equal(position, np.arange(query.size))
+        to = {"device": self.device}
+        return Tiles(
+            torch.from_numpy(query).to(**to),
+            torch.from_numpy(key).to(**to),
+            torch.from_numpy(mask[:, None]).to(**to),
+            None if in_order else torch.from_numpy(position).to(**to),
+        )
+
+    def _boxes(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(packed query rows, flat key slots) of every tile."""
+        samples, slots = self.slots.sample.shape
+        flat = np.arange(samples * slots).reshape(samples, slots)
+        if not isinstance(self.attention, Neighborhood):
+            return [
+                (np.flatnonzero(self.query.sample == b), flat[b][self.slots.valid[b]])
+                for b in np.unique(self.query.sample)
+            ]
+        boxes, sides = [], self._tile_sides()
+        for segment in np.unique(self.query.segment):
+            rows = np.flatnonzero(self.query.segment == segment)
+            first = self.query.take(rows[0])
+            seen = self.slots.take(first.sample)
+            text = flat[first.sample][seen.valid & ~seen.is_visual & (seen.column < first.column)]
+            own = flat[first.sample][seen.segment == segment]
+            shape = (len(rows) // (first.height * first.width), first.height, first.width)
+            boxes += self._segment_boxes(rows.reshape(shape), own.reshape(shape), text, sides)
+        return boxes
+
+    def _segment_boxes(self, rows, own, text, sides):
+        near, (_, height, width) = self.attention, rows.shape
+        causal = near.direction == "causal"
+        for t in range(rows.shape[0]):
+            frames = slice(max(t - near.frames, 0), t + 1 if causal else t + near.frames + 1)
+            for y in range(0, height, sides[0]):
+                y_end = min(y + sides[0], height)
+                low, high = _window(near, np.array([y, y_end - 1]), height)
+                # earlier frames may be read below the query's row also under "causal"
+                last = y_end if causal and near.frames == 0 else high[1] + 1
+                for x in range(0, width, sides[1]):
+                    x_end = min(x + sides[1], width)
+                    left, right = _window(near, np.array([x, x_end - 1]), width)
+                    box = own[frames, max(low[0], 0) : last, max(left[0], 0) : right[1] + 1]
+                    yield rows[t, y:y_end, x:x_end].ravel(), np.concatenate([text, box.ravel()])
+
+    def _tile_sides(self) -> tuple[int, int]:
+        """Height and width of the tiles, the cheapest over all segments by pairs computed and key rows fetched."""
+        near = self.attention
+        heads = [np.flatnonzero(self.query.segment == s)[0] for s in np.unique(self.query.segment)]
+        grids = {(int(self.query.height[i]), int(self.query.width[i])) for i in heads}
+        before = max(
+            int((self.slots.valid[b] & ~self.slots.is_visual[b] & (self.slots.column[b] < self.query.column[i])).sum())
+            for i, b in ((i, self.query.sample[i]) for i in heads)
+        )
+        frames = near.frames + 1 if near.direction == "causal" else 2 * near.frames + 1
+        rows_around = near.radius if near.direction == "causal" and not near.frames else 2 * near.radius
+
+        def cost(sides):
+            total = 0
+            for height, width in grids:
+                th, tw = min(sides[0], height), min(sides[1], width)
+                keys = before + frames * min(th + rows_around, height) * min(tw + 2 * near.radius, width)
+                total += -(-height // th) * -(-width // tw) * keys * (th * tw + _FETCH)
+            return total
+
+        longest = max(max(grid) for grid in grids)
+        sides = [side for side in _TILE_SIDES if side < longest] + [longest]
+        return min(((th, tw) for th in sides for tw in sides), key=cost)

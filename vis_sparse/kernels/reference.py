@@ -1,0 +1,45 @@
+"""Reference backend: dense masks over all pairs, softmax written out. Any dtype; what the other backends are held to."""
+
+from __future__ import annotations
+
+import torch
+
+from .patterns import VisualPattern
+
+
+def text_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of text queries.
+
+    query (batch, Q, heads, head_dim); key, value (batch, S, kv_heads, head_dim); mask bool, broadcastable to (batch,
+    heads, Q, S), True = read, or None. causal (without mask): query i reads the keys up to S - Q + i.
+    Returns (batch, Q, heads, head_dim).
+    """
+    if causal:
+        size = (query.shape[1], key.shape[1])
+        mask = torch.ones(size, dtype=torch.bool, device=query.device).tril(size[1] - size[0])
+    groups = query.shape[2] // key.shape[2]
+    key, value = (t.repeat_interleave(groups, dim=2) for t in (key, value))
+    scores = torch.einsum("bqhd,bshd->bhqs", query, key) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    # a padding query may read nothing: its weights become 0, not NaN
+    weights = torch.softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=-1).nan_to_num(0.0)
+    return torch.einsum("bhqs,bshd->bqhd", weights.to(query.dtype), value)
+
+
+def visual_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: VisualPattern, scale: float
+) -> torch.Tensor:
+    """Attention of packed visual queries.
+
+    query (num_visual, heads, head_dim); key, value (batch, slots, kv_heads, head_dim). Returns the query's shape.
+    """
+    flat_key, flat_value = (t.flatten(0, 1)[None] for t in (key, value))
+    return text_attention(query[None], flat_key, flat_value, pattern.dense_mask, False, scale)[0]

@@ -1,0 +1,321 @@
+"""The executor: text rows and visual rows through the decoder layers, each layer doing what its plan asks for.
+
+The rows of a call are one matrix, text rows first and packed visual rows after them, so that norms, residuals and
+the products of layers that are dense for both lanes are done once over all rows. Everything else runs on the slice
+of rows and the cut of weights that the schedule names: an operation saved is an operation never dispatched.
+Families are unknown here; they hand over a `Decoder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from .cache import Book, LaneCacheLayer, Store
+from .call import Call
+from .plan import VisualPlan
+from .schedule import LayerWork, schedule
+from .weights import CutLinear, apply, select, unit_columns
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """The modules of one decoder layer (pre-norm, gated FFN), as the executor calls them."""
+
+    input_norm: nn.Module
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    output: nn.Module
+    post_norm: nn.Module
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+    activation: Callable[[torch.Tensor], torch.Tensor]
+    scale: float
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A text model's decoder and its sizes. rotary(hidden, position_ids) gives cos and sin (batch, length, head_dim)."""
+
+    layers: tuple[DecoderLayer, ...]
+    norm: nn.Module
+    rotary: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+
+
+@dataclass(frozen=True)
+class HeadMap:
+    """Where a layer's heads go. Units are KV heads, repeated `expand` times before they are stored.
+
+    seen: units whose visual keys are stored, with the text queries of `seen_queries`; rest: the others.
+    merge: place of every query head among seen_queries + rest_queries. blind: for each of seen_queries, whether it
+    must not read visual keys; None if all may. visual_keys: for each visual query head, its place among the visual
+    key units; None if they line up group by group. value_mask: for each unit, whether its visual values count ("zero"
+    semantics); None if all do.
+    """
+
+    expand: int
+    keys: tuple[int, ...]
+    seen: tuple[int, ...]
+    rest: tuple[int, ...]
+    seen_queries: tuple[int, ...]
+    rest_queries: tuple[int, ...]
+    merge: tuple[int, ...]
+    blind: tuple[bool, ...] | None
+    visual_keys: tuple[int, ...] | None
+    value_mask: tuple[bool, ...] | None
+
+
+def head_map(work: LayerWork, num_heads: int, num_kv_heads: int, zero: bool) -> HeadMap:
+    """The map of one layer's heads; `zero` for that semantics."""
+    groups, heads = num_heads // num_kv_heads, range(num_heads)
+    # a group of query heads that share values, some of them zeroed, can share them no longer
+    expand = groups if zero and 0 < len(work.value_heads) < num_heads else 1
+    per_unit = groups // expand
+    keys = tuple(unit for head in work.key_heads for unit in range(head * expand, (head + 1) * expand))
+    seen = keys if work.stores else ()
+    rest = tuple(unit for unit in range(num_kv_heads * expand) if unit not in seen)
+    seen_queries = tuple(h for h in heads if h // per_unit in seen)
+    rest_queries = tuple(h for h in heads if h // per_unit not in seen)
+    order = seen_queries + rest_queries
+    readers = work.value_heads if work.reads and not zero else heads if zero else ()
+    blind = tuple(h not in readers for h in seen_queries)
+    places = tuple(keys.index(h // per_unit) for h in work.query_heads)
+    lined_up = places == tuple(i // per_unit for i in range(len(keys) * per_unit))
+    counts = tuple(unit * per_unit in work.value_heads for unit in keys)
+    return HeadMap(
+        expand,
+        keys,
+        seen,
+        rest,
+        seen_queries,
+        rest_queries,
+        tuple(order.index(h) for h in heads),
+        blind if any(blind) else None,
+        None if lined_up else places,
+        counts if zero and not all(counts) else None,
+    )
+
+
+class LaneLayer:
+    """One decoder layer under a plan."""
+
+    def __init__(self, layer: DecoderLayer, work: LayerWork, decoder: Decoder, zero: bool, backend: ModuleType):
+        self.layer, self.work, self.backend = layer, work, backend
+        self.head_dim = decoder.head_dim
+        self.heads = head_map(work, decoder.num_heads, decoder.num_kv_heads, zero)
+        wanted = {"query": work.query_heads, "key": work.key_heads, "value": work.key_heads}
+        total = {"query": decoder.num_heads, "key": decoder.num_kv_heads, "value": decoder.num_kv_heads}
+        self.shared = {name for name in wanted if len(wanted[name]) == total[name]}
+        self.cut_names = [name for name in wanted if name not in self.shared and wanted[name]]
+        self.cut_sizes = [len(wanted[name]) for name in self.cut_names]
+        self.cut = CutLinear(
+            [getattr(layer, name) for name in self.cut_names],
+            rows=[unit_columns(wanted[name], self.head_dim) for name in self.cut_names],
+        )
+        self.cut_output = CutLinear([layer.output], columns=unit_columns(work.query_heads, self.head_dim))
+        neurons = range(work.neurons) if isinstance(work.neurons, int) else work.neurons
+        self.whole_ffn = len(neurons) == decoder.ffn_size
+        self.has_ffn = len(neurons) > 0
+        self.cut_gate, self.cut_up = (CutLinear([m], rows=[tuple(neurons)]) for m in (layer.gate, layer.up))
+        self.cut_down = CutLinear([layer.down], columns=tuple(neurons))
+        # all rows read the same keys in the same heads: one causal attention over the whole sequence
+        self.is_joint = (
+            "query" in self.shared
+            and "key" in self.shared
+            and work.attention == "full"
+            and self.heads.blind is None
+            and self.heads.value_mask is None
+            and not self.heads.rest
+        )
+
+    @property
+    def uses_visual(self) -> bool:
+        return bool(self.work.key_heads) or self.work.updates
+
+    @property
+    def extra_bytes(self) -> int:
+        cuts = (self.cut, self.cut_output, self.cut_gate, self.cut_up, self.cut_down)
+        return sum(cut.extra_bytes for cut in cuts)
+
+    def __call__(self, x, call: Call, cos, sin, stores: tuple[Store, Store]) -> torch.Tensor:
+        """x (text rows + visual rows, or text rows alone, hidden) -> the same after the layer. x may be reused."""
+        num_text = call.num_text
+        text, visual, both = self._project(self.layer.input_norm(x), num_text, cos, sin)
+        x = self._attend(x, num_text, text, visual, both, call, stores)
+        return self._feed_forward(x, num_text)
+
+    def _project(self, h, num_text, cos, sin):
+        """Queries, keys and values of the text rows, of the visual rows, and of both where one product gave them:
+        (rows, heads, head_dim), rotated."""
+        text, visual, both = {}, {}, {}
+        has_visual = h.shape[0] > num_text
+        for name in ("query", "key", "value"):
+            rows = h if has_visual and name in self.shared else h[:num_text]
+            y = apply(getattr(self.layer, name), rows).unflatten(1, (-1, self.head_dim))
+            if name != "value":
+                y = rotate(y, cos[: len(y)], sin[: len(y)])
+            text[name], visual[name], both[name] = y[:num_text], y[num_text:], y
+        if has_visual and self.cut_names:
+            y = self.cut(h[num_text:]).unflatten(1, (-1, self.head_dim))
+            turned = sum(size for name, size in zip(self.cut_names, self.cut_sizes) if name != "value")
+            if turned:
+                y = (rotate(y[:, :turned], cos[num_text:], sin[num_text:]), y[:, turned:])
+                pieces = (*y[0].split([s for n, s in zip(self.cut_names, self.cut_sizes) if n != "value"], 1), y[1])
+            else:
+                pieces = (y,)
+            visual.update(zip(self.cut_names, pieces))
+        if self.heads.expand > 1:
+            for lane in (text, visual):
+                for name in ("key", "value"):
+                    lane[name] = lane[name].repeat_interleave(self.heads.expand, dim=1)
+        return text, visual, both
+
+    def _attend(self, x, num_text, text, visual, both, call: Call, stores):
+        has_visual = x.shape[0] > num_text
+        keys, values = self._store(text, visual, call, stores, has_visual)
+        if self.is_joint and has_visual and call.order is not None:
+            rows = call.joint_attention(self.backend, both, self.layer.scale)
+            return add_rows(x, 0, apply(self.layer.output, rows.flatten(1)))
+        out = self._text_attention(text["query"], call, stores).flatten(0, 1).flatten(1)
+        if not (has_visual and self.work.query_heads):
+            return add_rows(x, 0, apply(self.layer.output, out))
+        pattern = call.pattern(self.work.attention, self.work.stores)
+        if self.heads.visual_keys is not None:
+            keys, values = (select(t, 2, self.heads.visual_keys) for t in (keys, values))
+        seen = self.backend.visual_attention(visual["query"], keys, values, pattern, self.layer.scale).flatten(1)
+        if "query" in self.shared:
+            return add_rows(x, 0, apply(self.layer.output, torch.cat([out, seen])))
+        x = add_rows(x, 0, apply(self.layer.output, out))
+        return add_rows(x, num_text, self.cut_output(seen))
+
+    def _store(self, text, visual, call: Call, stores, has_visual: bool):
+        """Append the call's keys and values; returns the keys and values that visual queries read."""
+        seen, rest = stores
+        heads = self.heads
+        new_text = {name: call.by_sample(text[name]) for name in ("key", "value")}
+        new_visual = None
+        if has_visual and heads.keys:
+            values = visual["value"]
+            if heads.value_mask is not None:
+                mask = torch.tensor(heads.value_mask, device=values.device, dtype=values.dtype)
+                values = values * mask[:, None]
+            new_visual = {"key": call.visual_by_sample(visual["key"]), "value": call.visual_by_sample(values)}
+        past_rest = rest.tensors if rest.length else None
+        if heads.rest:
+            rest.append(*(select(new_text[name], 2, heads.rest) for name in ("key", "value")))
+        if heads.seen:
+            new = [select(new_text[name], 2, heads.seen) for name in ("key", "value")]
+            if new_visual:
+                new = [torch.cat([new_visual[name], t], 1) for name, t in zip(("key", "value"), new)]
+            return seen.append(*new)
+        if not (new_visual and self.work.query_heads):
+            return None, None
+        # nobody reads these keys after the call: they are joined with the text's and forgotten
+        joined = []
+        for index, name in enumerate(("key", "value")):
+            past = [] if past_rest is None else [select(past_rest[index], 2, heads.keys)]
+            joined.append(torch.cat([*past, new_visual[name], select(new_text[name], 2, heads.keys)], 1))
+        return joined
+
+    def _text_attention(self, query, call: Call, stores):
+        """Text queries over the text keys, and the visual keys in the heads that read them."""
+        query, heads, scale = call.by_sample(query), self.heads, self.layer.scale
+        attention = self.backend.text_attention
+        seen = rest = None
+        if heads.seen:
+            part = select(query, 2, heads.seen_queries)
+            seen = attention(part, *stores[0].tensors, call.seen_mask(heads.blind), False, scale)
+        if heads.rest:
+            mask, causal = call.rest_mask
+            rest = attention(select(query, 2, heads.rest_queries), *stores[1].tensors, mask, causal, scale)
+        if seen is None or rest is None:
+            return rest if seen is None else seen
+        return select(torch.cat([seen, rest], 2), 2, heads.merge)
+
+    def _feed_forward(self, x, num_text):
+        layer = self.layer
+        has_visual = x.shape[0] > num_text
+        shared = has_visual and self.whole_ffn
+        cut = has_visual and self.has_ffn and not self.whole_ffn
+        h = layer.post_norm(x if shared or cut else x[:num_text])
+        rows = h if shared else h[:num_text]
+        inner = layer.activation(apply(layer.gate, rows)) * apply(layer.up, rows)
+        x = add_rows(x, 0, apply(layer.down, inner))
+        if cut:
+            rows = h[num_text:]
+            inner = layer.activation(self.cut_gate(rows)) * self.cut_up(rows)
+            x = add_rows(x, num_text, self.cut_down(inner))
+        return x
+
+
+class LaneExecutor:
+    """A decoder under a plan. Built once a patch; heads of the plan must be resolved to masks."""
+
+    def __init__(self, decoder: Decoder, plan: VisualPlan, backend: ModuleType):
+        self.decoder = decoder
+        zero = plan.semantics == "zero"
+        work = schedule(plan, decoder.num_heads, decoder.num_kv_heads, decoder.ffn_size)
+        self.layers = [LaneLayer(layer, w, decoder, zero, backend) for layer, w in zip(decoder.layers, work)]
+        self.last_use = max((i for i, lane in enumerate(self.layers) if lane.uses_visual), default=-1)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes of weight copies made so far."""
+        return sum(lane.extra_bytes for lane in self.layers)
+
+    def new_cache_layers(self, batch: int) -> list[LaneCacheLayer]:
+        book = Book(batch)
+        return [LaneCacheLayer(book, leads=index == 0) for index in range(len(self.layers))]
+
+    def adopt(self, keys_values: Sequence[tuple[torch.Tensor, torch.Tensor]], cache_layers) -> None:
+        """Fill new cache layers from a plain cache of text tokens: K and V (batch, kv_heads, slots, head_dim) a layer."""
+        for lane, cached, (key, value) in zip(self.layers, cache_layers, keys_values):
+            pair = [t.transpose(1, 2).repeat_interleave(lane.heads.expand, dim=2) for t in (key, value)]
+            for store, units in ((cached.seen, lane.heads.seen), (cached.rest, lane.heads.rest)):
+                if units:
+                    store.append(*(select(t, 2, units) for t in pair))
+
+    def run(self, hidden, cos, sin, call: Call, cache_layers=None, collect: list | None = None) -> torch.Tensor:
+        """The decoder layers on one call.
+
+        hidden (batch, length, d); cos, sin (batch, length, head_dim). Appends to `cache_layers` if given, and each
+        layer's input, in the shape of `hidden`, to `collect`. Returns hidden states of that shape, before the final
+        norm; rows of visual tokens that no layer needs any more keep their last value.
+        """
+        x, cos, sin = call.split(hidden, cos, sin)
+        stopped = None
+        for index, lane in enumerate(self.layers):
+            if collect is not None:
+                collect.append(call.merge(hidden, x, stopped).clone())
+            if index == self.last_use + 1:
+                x, stopped = x[: call.num_text], x[call.num_text :]
+            layer = cache_layers[index] if cache_layers else None
+            stores = (layer.seen, layer.rest) if layer else (Store(), Store())
+            x = lane(x, call, cos, sin, stores)
+        return call.merge(hidden, x, stopped)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of x (rows, heads, head_dim); sin has the sign of its first half turned (`Call.split`)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def add_rows(x: torch.Tensor, start: int, delta: torch.Tensor) -> torch.Tensor:
+    """x with `delta` added to its rows from `start` on; in place unless gradients are recorded."""
+    stop = start + delta.shape[0]
+    if not (x.requires_grad or delta.requires_grad):
+        x[start:stop].add_(delta)
+        return x
+    if stop - start == x.shape[0]:
+        return x + delta
+    return torch.cat([x[:start], x[start:stop] + delta, x[stop:]])

@@ -1,0 +1,119 @@
+"""Patching: one verb for every family. A family is one short module here; see `llava` for what it must offer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from ..heads import resolve_heads
+from ..kernels import get_backend
+from ..layout import VisualLayout
+from ..plan import PlanRecipe, VisualPlan
+from ..plan_yaml import as_plan
+from . import llava
+from .decoder import read_decoder
+from .errors import PatchError
+from .state import PatchState
+
+FAMILIES = (llava,)
+
+
+def _family(model: nn.Module):
+    names = {cls.__name__ for cls in type(model).__mro__}
+    for family in FAMILIES:
+        if names.intersection(family.CLASSES):
+            return family
+    supported = ", ".join(name for family in FAMILIES for name in family.CLASSES)
+    raise PatchError(f"model: got {type(model).__name__}, expected one of {supported}")
+
+
+def _state(model: nn.Module) -> PatchState | None:
+    text_model = getattr(_family(model).outer_model(model), "language_model", None)
+    return getattr(text_model, "_vis_sparse", None)
+
+
+def patch(
+    model: nn.Module,
+    plan: VisualPlan | PlanRecipe | str | Path = "auto",
+    *,
+    heads=None,
+    backend: str = "auto",
+) -> nn.Module:
+    """Make `model` compute on its visual tokens only what `plan` asks for. In place; returns the model.
+
+    plan: a plan, a recipe, a shipped plan's name or a YAML file; "auto" is the family's conservative, training-free
+    plan. heads: for plans with head budgets, a file or array (layers, heads) of masks or scores; "first" keeps the
+    first heads (random weights only). backend: "auto", "torch" or "reference".
+
+    A second patch replaces the first. Weights are not changed. Raises PatchError for a model that is not supported
+    and PlanError for a plan that does not fit it; the model is then as it was.
+    """
+    family = _family(model)
+    outer = family.outer_model(model)
+    devices = set((getattr(model, "hf_device_map", None) or {"": 0}).values())
+    if len(devices) > 1:
+        raise PatchError(f"model: got a device map over {len(devices)} devices, expected a model on one device")
+    decoder = read_decoder(outer.language_model)
+    name = family.AUTO_PLAN if isinstance(plan, str) and plan == "auto" else plan
+    resolved = as_plan(name, len(decoder.layers))
+    resolved.check_fits(len(decoder.layers), decoder.num_heads, decoder.ffn_size)
+    resolved = resolve_heads(resolved, decoder.num_heads, decoder.num_kv_heads, heads)
+    resolved.check_fits(len(decoder.layers), decoder.num_heads, decoder.ffn_size)
+    state = PatchState(family, outer, decoder, resolved, get_backend(backend), backend)
+    unpatch(model)
+    state.install()
+    return model
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undo `patch`; a model that is not patched is left as it is. Returns the model."""
+    state = _state(model)
+    if state is not None:
+        state.remove()
+    return model
+
+
+@contextmanager
+def patched(model: nn.Module, plan="auto", *, heads=None, backend: str = "auto") -> Iterator[nn.Module]:
+    """`patch` for the length of a `with` block; afterwards the model is as it was, an earlier patch included."""
+    before = _state(model)
+    patch(model, plan, heads=heads, backend=backend)
+    try:
+        yield model
+    finally:
+        unpatch(model)
+        if before is not None:
+            before.install()
+
+
+@contextmanager
+def use_layout(model: nn.Module, layout: VisualLayout) -> Iterator[None]:
+    """Tell a patched model where the visual tokens lie, for callers who merge image embeddings themselves.
+
+    layout: positions are columns of the padded batch, counted from the start of the whole sequence (cached columns
+    included), so that one layout serves prefill, its chunks and decode. Raises PatchError on an unpatched model.
+    """
+    state = _state(model)
+    if state is None:
+        raise PatchError("use_layout: got a model that is not patched, expected vis_sparse.patch(model) before")
+    before, state.given = state.given, layout
+    try:
+        yield
+    finally:
+        state.given = before
+
+
+def inspect(model: nn.Module) -> dict | None:
+    """What a patched model does: plan, backend, bytes of weight copies, and the last call in lanes. None: unpatched."""
+    state = _state(model)
+    if state is None:
+        return None
+    return {
+        "plan": state.plan,
+        "backend": state.backend_name,
+        "extra_bytes": state.executor.extra_bytes,
+        "last_call": state.last,
+    }

@@ -1,0 +1,228 @@
+"""What a patched model carries: the plan's executor, and the forward that hands its text model's calls to it."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import warnings
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from ..cache import LaneCacheLayer
+from ..call import Call
+from ..lanes import Decoder, LaneExecutor
+from ..layout import LayoutError, VisualLayout
+from ..packing import pack, text_coordinates
+from ..plan import VisualPlan
+from .errors import PatchError
+
+_KEPT_CALLS = 16
+
+
+@dataclass(frozen=True)
+class LastCall:
+    """The last call that ran in lanes: its segments, columns, and columns cached before it."""
+
+    layout: VisualLayout
+    length: int
+    past: int
+
+
+class PatchState:
+    """Lives on the text model as `_vis_sparse`. Hooks on the outer model read the layout, `forward` uses it."""
+
+    def __init__(
+        self, family: ModuleType, outer: nn.Module, decoder: Decoder, plan: VisualPlan, backend: ModuleType, name: str
+    ):
+        self.family, self.outer, self.plan, self.backend_name = family, outer, plan, name
+        self.text_model = outer.language_model
+        self.executor = LaneExecutor(decoder, plan, backend)
+        self.given: VisualLayout | None = None
+        self.last: LastCall | None = None
+        self._layout: VisualLayout | None = None
+        self._calls: dict = {}
+        self._warned = False
+        self._signature = inspect.signature(type(outer).forward)
+
+    def install(self) -> None:
+        text_model = self.text_model
+        self._previous_forward = vars(text_model).get("forward")
+        self._plain_forward = text_model.forward
+        text_model._vis_sparse = self
+        text_model.forward = types.MethodType(_forward, text_model)
+        self._handles = [
+            self.outer.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.outer.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        del self.text_model._vis_sparse
+        if self._previous_forward is None:
+            del self.text_model.forward
+        else:
+            self.text_model.forward = self._previous_forward
+
+    def _before(self, outer, args, kwargs):
+        arguments = self._signature.bind_partial(outer, *args, **kwargs).arguments
+        arguments.update(arguments.pop("kwargs", {}))
+        past = arguments.get("past_key_values")
+        self._layout = self.family.read_layout(outer, arguments, 0 if past is None else past.get_seq_length())
+
+    def _after(self, outer, args, output):
+        self._layout = None
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        **kwargs,
+    ):
+        """The text model's forward: in lanes if visual tokens are in the call or in the cache, the original if not."""
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        batch, length = tokens.shape[:2]
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        layout = self._call_layout(batch, length, past, input_ids is None)
+        in_lanes = past_key_values is not None and any(isinstance(c, LaneCacheLayer) for c in past_key_values.layers)
+        if not (layout.segments or in_lanes):
+            return self._plain_forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        config = self.text_model.config
+        _check_supported(config, attention_mask, past_key_values, kwargs)
+        if inputs_embeds is None:
+            inputs_embeds = self.text_model.embed_tokens(input_ids)
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=config)
+        mask = _host_mask(attention_mask, past + length)
+        layers = None
+        if past_key_values is not None:
+            layers = self._cache_layers(past_key_values, batch, past, mask)
+        call = self._call(layout, length, past, mask, layers, inputs_embeds.device)
+        if position_ids is None:
+            position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
+        cos, sin = self.executor.decoder.rotary(inputs_embeds, position_ids=position_ids)
+        wants_hidden = kwargs.get("output_hidden_states")
+        wants_hidden = config.output_hidden_states if wants_hidden is None else wants_hidden
+        collected = [] if wants_hidden else None
+        hidden = self.executor.run(inputs_embeds, cos, sin, call, layers, collected)
+        hidden = self.executor.decoder.norm(hidden)
+        self.last = LastCall(layout, length, past)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=None if collected is None else (*collected, hidden),
+        )
+        return output.to_tuple() if kwargs.get("return_dict") is False else output
+
+    def _call_layout(self, batch: int, length: int, past: int, without_ids: bool) -> VisualLayout:
+        layout = self._layout
+        if self.given is not None:
+            layout = self.given.expanded(batch)
+        if layout is None:
+            if without_ids and length > 1 and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    "vis_sparse: inputs_embeds without input_ids: where the visual tokens lie is unknown, so this "
+                    "call runs dense; give the layout with vis_sparse.use_layout(model, layout)",
+                    stacklevel=3,
+                )
+            return VisualLayout(batch)
+        if layout.batch_size != batch:
+            raise LayoutError(f"layout: got {layout.batch_size} samples, expected the call's batch of {batch}")
+        return layout.window(past, past + length)
+
+    def _cache_layers(self, cache, batch: int, past: int, mask: np.ndarray | None) -> list[LaneCacheLayer]:
+        """The cache's lane layers; a plain cache becomes one, with its tokens as text."""
+        if any(isinstance(layer, LaneCacheLayer) for layer in cache.layers):
+            return cache.layers
+        layers = self.executor.new_cache_layers(batch)
+        if past:
+            column = np.broadcast_to(np.arange(past), (batch, past))
+            sample = np.broadcast_to(np.arange(batch)[:, None], column.shape)
+            valid = np.ones(column.shape, dtype=bool) if mask is None else mask[:, :past]
+            layers[0].book.append(text_coordinates(sample, column, valid), past)
+            self.executor.adopt([(layer.keys, layer.values) for layer in cache.layers], layers)
+        cache.layers = layers
+        return layers
+
+    def _call(self, layout, length, past, mask, cache_layers, device) -> Call:
+        """The call's tables; those of a first call are kept, since prompts repeat their layout."""
+        key = None if past else (layout, length, None if mask is None else mask.tobytes(), device)
+        call = self._calls.get(key)
+        if call is None:
+            packing = pack(layout, length, past, None if mask is None else mask[:, past:])
+            book = self.executor.new_cache_layers(layout.batch_size)[0].book
+            if cache_layers is not None:
+                book = cache_layers[0].book
+            book.append(packing.slots(), length)
+            call = Call(packing, _masked(book.slots, mask), _masked(book.text_slots(), mask), device)
+            if key is not None:
+                if len(self._calls) >= _KEPT_CALLS:
+                    self._calls.pop(next(iter(self._calls)))
+                self._calls[key] = call
+        elif cache_layers is not None:
+            cache_layers[0].book.append(call.packing.slots(), length)
+        return call
+
+
+def _forward(self, *args, **kwargs):
+    return self._vis_sparse.forward(*args, **kwargs)
+
+
+def _host_mask(attention_mask, columns: int) -> np.ndarray | None:
+    """(batch, columns) bool on the host, or None if nothing is padding."""
+    if attention_mask is None:
+        return None
+    if attention_mask.shape[1] != columns:
+        raise PatchError(
+            f"attention_mask: got {attention_mask.shape[1]} columns, expected {columns} (the cached ones and the call's)"
+        )
+    mask = attention_mask.cpu().numpy().astype(bool)
+    return None if mask.all() else mask
+
+
+def _masked(slots, mask: np.ndarray | None):
+    if mask is None:
+        return slots
+    return slots._replace(valid=slots.valid & mask[slots.sample, slots.column])
+
+
+def _check_supported(config, attention_mask, cache, kwargs) -> None:
+    attentions = kwargs.get("output_attentions")
+    if config.output_attentions if attentions is None else attentions:
+        raise PatchError(
+            "output_attentions: got True on a patched model, expected False (no attention matrix is ever formed; "
+            "unpatch the model to get them)"
+        )
+    if kwargs.get("cu_seq_lens_q") is not None:
+        raise PatchError("cu_seq_lens_q: got packed sequences, expected one sequence a batch row")
+    if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.dim() != 2):
+        given = "a dict" if isinstance(attention_mask, dict) else f"{attention_mask.dim()} dimensions"
+        raise PatchError(f"attention_mask: got {given}, expected (batch, columns) of ones and zeros")
+    if cache is None:
+        return
+    plain = all(type(layer) is DynamicLayer or isinstance(layer, LaneCacheLayer) for layer in cache.layers)
+    if not isinstance(cache, DynamicCache) or not plain or getattr(cache, "offloading", False):
+        raise PatchError(
+            f"past_key_values: got {type(cache).__name__}, expected a DynamicCache (a static, quantised or offloaded "
+            "cache cannot hold the lanes)"
+        )
