@@ -47,8 +47,8 @@ def flops_command(
     def draw(console: Console) -> None:
         first = costs[0]
         console.print(
-            f"{shape.name}, batch {first.batch}, {first.visual_tokens} visual and {first.text_tokens} text tokens, "
-            f"FLOPs by convention [bold]{convention}[/bold]"
+            f"{shape.name}, batch {first.batch}, {first.visual_tokens} visual + {first.text_tokens} text tokens, "
+            f"convention [bold]{convention}[/bold]"
         )
         if len(costs) == 1:
             _draw_one(console, first, dense)

@@ -26,6 +26,12 @@ def _check_int(name: str, value, minimum: int) -> None:
         raise PlanError(f"{name}: got {value!r}, expected an integer >= {minimum}")
 
 
+def _check_cut(name: str, layer, num_layers: int) -> None:
+    _check_int(name, layer, 0)
+    if layer > num_layers:
+        raise PlanError(f"{name}: got {layer}, expected a layer from 0 to the model's {num_layers}")
+
+
 @dataclass(frozen=True, slots=True)
 class Neighborhood:
     """Keys within `radius` grid steps (Chebyshev distance) of a visual query, cut off at the border.
@@ -127,13 +133,15 @@ def _normal_heads(heads):
         return heads
     if isinstance(heads, str) or not isinstance(heads, Iterable):
         raise PlanError(f"heads: got {heads!r}, expected all, a bool mask, {{keep: n}} or {{file: path}}")
-    mask = tuple(heads)
+    mask = tuple(heads.tolist() if hasattr(heads, "tolist") else heads)
     if not mask or any(value not in (0, 1) for value in mask):
         raise PlanError(f"heads: got {heads!r}, expected a non-empty mask of booleans, one a query head")
     return tuple(bool(value) for value in mask)
 
 
 def _normal_ffn(ffn):
+    if hasattr(ffn, "tolist"):  # arrays and tensors of indices, as a calibration makes them
+        ffn = ffn.tolist()
     if isinstance(ffn, int | float) and not isinstance(ffn, bool):
         if not 0 <= ffn <= 1:
             raise PlanError(f"ffn: got {ffn!r}, expected a share in [0, 1] or neuron indices")
@@ -226,6 +234,7 @@ class VisualPlan:
         if head_mask is not None and len(head_mask) != num_layers:
             raise PlanError(f"head_mask: got {len(head_mask)} layers, expected {num_layers}")
         cut = num_layers if layer_cut is None else layer_cut
+        _check_cut("layer_cut", cut, num_layers)
         near = Neighborhood((window - 1) // 2, "both")
         layers = (
             LayerPlan(i < cut, near, None if head_mask is None else tuple(map(bool, head_mask[i])), 1 / ffn_ratio)
@@ -236,6 +245,7 @@ class VisualPlan:
     @classmethod
     def vtw(cls, num_layers: int, drop_layer: int) -> VisualPlan:
         """VTW: visual tokens leave the network at `drop_layer`."""
+        _check_cut("drop_layer", drop_layer, num_layers)
         layers = (LayerPlan() if i < drop_layer else LayerPlan.off() for i in range(num_layers))
         return cls(tuple(layers), "vtw", "VTW: visual tokens withdrawn at one layer")
 
@@ -308,7 +318,11 @@ class PlanRecipe:
             raise PlanError(f"plan {self.name!r}: got {self.num_layers} layers, expected the model's {num_layers}")
         layers = [self.default] * num_layers
         for spec, changes in self.entries:
-            for index in layer_range(spec, num_layers):
+            try:
+                indices = layer_range(spec, num_layers)
+            except PlanError as error:
+                raise PlanError(f"plan {self.name!r}: {error}") from None
+            for index in indices:
                 if isinstance(changes, LayerPlan):
                     layers[index] = changes
                 else:

@@ -87,9 +87,9 @@ def _recipe(data: dict) -> PlanRecipe:
     if not isinstance(entries, dict):
         raise PlanError(f"layers: got {type(entries).__name__}, expected a mapping of layer ranges")
     num_layers = data.get("num_layers")
-    if num_layers is not None and (not isinstance(num_layers, int) or num_layers < 1):
+    if num_layers is not None and (type(num_layers) is not int or num_layers < 1):
         raise PlanError(f"num_layers: got {num_layers!r}, expected an integer >= 1")
-    default = _changes(data.get("default") or {}, "default")
+    default = _changes(data.get("default", {}), "default")
     recipe = PlanRecipe(
         name=str(data.get("name", "custom")),
         about=str(data.get("about", "")),
