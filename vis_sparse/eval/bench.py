@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+from ..cli_flops import _pixels as pixels
+from ..cli_options import JsonOption, ModelOption, report
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -75,45 +78,41 @@ def bench(
 
 
 def bench_command(
-    model: Annotated[str, typer.Option(help="shape or checkpoint folder")] = "llava-1.5-7b",
-    layers: Annotated[int, typer.Option(min=1, help="decoder layers to build")] = 8,
-    plan: Annotated[str, typer.Option(help="plans, separated by commas")] = "yopo-12",
-    batch: Annotated[int, typer.Option(min=1)] = 1,
-    text_tokens: Annotated[int, typer.Option(min=1, help="text tokens of a sample")] = 64,
-    image_size: Annotated[int | None, typer.Option(min=1, help="side of the image in pixels")] = None,
-    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "float32",
+    model: ModelOption = "llava-1.5-7b",
+    layers: Annotated[int, typer.Option(min=1, help="Decoder layers to build.")] = 8,
+    plan: Annotated[str, typer.Option("--plan", metavar="A,B,...", help="Plans (names or files).")] = "yopo-12",
+    batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 1,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of a sample.")] = 64,
+    image_size: Annotated[str | None, typer.Option(metavar="WxH", help="Size of the image in pixels.")] = None,
+    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES) + ".")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    repeats: Annotated[int, typer.Option(min=1, help="rounds; a round measures every variant once")] = 5,
-    decode: Annotated[bool, typer.Option("--decode", help="also time a decode step after the prompt")] = False,
-    json: Annotated[str | None, typer.Option(help="write the figures to a file, - for stdout")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every variant once.")] = 5,
+    decode: Annotated[bool, typer.Option("--decode", help="Also time a decode step after the prompt.")] = False,
+    json_file: JsonOption = None,
 ) -> None:
     """Time plans against the unpatched model, at full width with random weights.
 
-    The unpatched model, the dense plan and each plan run in turns; medians are shown with the fastest and the slowest
-    round. Timed is the decoder on input embeddings. `--json` writes an object, or a list of them for several plans.
-
-    Example: vis-sparse bench --model llava-1.5-7b --layers 8 --plan auto,yopo-12 --decode
+    The unpatched model, the dense plan and each plan run in turns. Timed is the decoder on input embeddings. The JSON
+    is one object for one plan, a list of objects for several.
     """
-    from .report import bench_tables, console_beside, progress, write_json
+    from .progress import progress
+    from .tables import draw_bench
 
     if dtype not in DTYPES:
         raise typer.BadParameter(f"got {dtype!r}, expected one of {', '.join(DTYPES)}", param_hint="--dtype")
-    plans = list(dict.fromkeys(name.strip() for name in plan.split(",")))
-    with progress("random weights, first round") as on_turn:
+    names = list(dict.fromkeys(name.strip() for name in plan.split(",")))
+    with progress("timing in turns") as on_turn:
         results = bench(
             model,
-            plans,
+            names,
             layers=layers,
             batch=batch,
             text_tokens=text_tokens,
-            image_size=image_size and (image_size, image_size),
+            image_size=pixels(image_size),
             dtype=dtype,
             device=device,
             repeats=repeats,
             decode=decode,
             on_turn=on_turn,
         )
-    for table in bench_tables(results):
-        console_beside(json).print(table)
-    if json:
-        write_json(results[0] if len(results) == 1 else results, json)
+    report(results if len(results) > 1 else results[0], json_file, lambda console: draw_bench(console, results))

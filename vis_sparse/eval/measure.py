@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -71,7 +72,8 @@ class Measurement:
         return self.model.model.language_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
 
     def _prefill(self):
-        with vis_sparse.use_layout(self.model, self.layout):
+        patched = vis_sparse.inspect(self.model) is not None
+        with vis_sparse.use_layout(self.model, self.layout) if patched else nullcontext():
             return self._forward(self.embeddings).past_key_values
 
     def _warm_up(self) -> tuple[dict[str, int], float]:

@@ -46,12 +46,22 @@ class PeakBytes(TorchDispatchMode):
 
 
 def cache_bytes(cache) -> int:
-    """Bytes of all storages that the layers of a transformers `Cache` hold on to (a view counts whole)."""
-    sizes = {}
-    for layer in cache.layers:
-        for tensor in _tensors(vars(layer)):
-            storage = tensor.untyped_storage()
+    """Bytes of all storages that the layers of a transformers `Cache` hold on to; a tensor that is a view of a larger
+    storage counts with all of it."""
+    sizes, seen = {}, {}
+
+    def walk(item):
+        if isinstance(item, torch.Tensor):
+            storage = item.untyped_storage()
             sizes[storage._cdata] = storage.nbytes()
+        elif isinstance(item, list | tuple):
+            for part in item:
+                walk(part)
+        elif hasattr(item, "__dict__") and not isinstance(item, type) and id(item) not in seen:
+            seen[id(item)] = item
+            walk(list(vars(item).values()))
+
+    walk(list(cache.layers))
     return sum(sizes.values())
 
 

@@ -1,0 +1,38 @@
+"""`vis-sparse demo`: the shipped tiny LLaVA on held-out images, dense and under three plans."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..cli_options import JsonOption, report
+
+
+def demo_command(
+    questions: Annotated[int, typer.Option(min=4, help="Held-out questions, over four kinds.")] = 300,
+    out: Annotated[Path, typer.Option(help="Folder for the picture and the page.")] = Path("out/demo"),
+    json_file: JsonOption = None,
+) -> None:
+    """Show what plans do to a small trained LLaVA: accuracy, FLOPs, KV cache and time, a picture and a page.
+
+    Needs the `demo` extra (pip install "vis_sparse[demo]"), and no network.
+    """
+    from .demo_run import run_demo
+    from .page import page
+    from .picture import picture
+    from .progress import progress
+    from .tables import draw_demo
+
+    with progress("answering and timing") as on_step:
+        results = run_demo(questions, on_step)
+    out.mkdir(parents=True, exist_ok=True)
+    picture(results, out / "demo.png")
+    (out / "demo.html").write_text(page(results), encoding="utf-8")
+
+    def draw(console):
+        draw_demo(console, results)
+        console.print(f"picture: {out / 'demo.png'}\npage:    {out / 'demo.html'}", highlight=False, soft_wrap=True)
+
+    report(results, json_file, draw)

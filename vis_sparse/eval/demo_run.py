@@ -1,0 +1,156 @@
+"""The demo's measurements: the shipped tiny LLaVA on held-out questions, dense and under plans."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+import vis_sparse
+
+from ..heads import resolve_heads
+from ..layout import VisualLayout
+from ..plan import VisualPlan
+from ..plan_yaml import as_plan
+from ..shapes import shape_of
+from .layer_work import layer_work
+from .measure import Measurement
+from .timing import machine_facts
+from .tiny import checkpoint
+from .tiny.data import KINDS, Question, questions
+from .tiny.model import prompt
+from .tiny.score import answers
+
+PLANS = ("auto", "yopo-25", "yopo-12")
+DENSE, BLIND = "dense", "blind"
+BATCH = 25  # questions answered at once
+TIMED = 16  # questions in the timed prompt
+REPEATS = 15
+
+
+def run_demo(num_questions: int, on_step: Callable[[int, int], None] = lambda done, total: None) -> dict:
+    """Answer, time and count. Returns the demo's figures as plain data (see `_rows`, `_examples`).
+
+    num_questions: in all, spread evenly over the kinds of question. on_step(done, total): called after each batch of
+    answers and each timed turn.
+    """
+    model = LlavaForConditionalGeneration.from_pretrained(checkpoint(), dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(checkpoint())
+    shape = shape_of(model)
+    scores = checkpoint() / "heads.safetensors"
+    plans = {
+        name: resolve_heads(as_plan(name, shape.layers), shape.heads, shape.kv_heads, scores) for name in PLANS
+    }
+    variants = {DENSE: VisualPlan.dense(shape.layers), **plans, BLIND: VisualPlan.vtw(shape.layers, 0)}
+    per_kind = max(1, num_questions // len(KINDS))
+    asked = [question for kind in KINDS for question in questions(kind, per_kind)]
+    embeddings, layout = timed_prompt(model, processor, questions("place", TIMED))
+    measurement = Measurement(model, embeddings, layout, plans)
+    batches = [asked[start : start + BATCH] for start in range(0, len(asked), BATCH)]
+    done, total = 0, len(variants) * len(batches) + REPEATS * len(measurement.variants)
+
+    def step():
+        nonlocal done
+        done += 1
+        on_step(done, total)
+
+    def answered(name: str) -> list[str]:
+        if name != DENSE:
+            vis_sparse.patch(model, variants[name])
+        given = []
+        for batch in batches:
+            given += answers(model, processor, batch)
+            step()
+        vis_sparse.unpatch(model)
+        return given
+
+    given = {name: answered(name) for name in variants}
+    figures = measurement.run(REPEATS, on_turn=step)
+    text_tokens = embeddings.shape[1] - layout.segments[0].size
+    one = VisualLayout(1, layout.segments[:1])
+    return {
+        "model": {
+            "parameters": sum(weight.numel() for weight in model.parameters()),
+            "layers": shape.layers,
+            "heads": shape.heads,
+            "grid": [one.segments[0].height, one.segments[0].width],
+        },
+        "questions": {kind: per_kind for kind in KINDS},
+        "timed": {"batch": TIMED, "text_tokens": text_tokens, "repeats": REPEATS},
+        "plans": [
+            {
+                "plan": name,
+                "about": plan.about,
+                "accuracy": _accuracy(asked, given[name]),
+                "same_as_dense": _share(a == b for a, b in zip(given[name], given[DENSE], strict=True)),
+                **_costs(name, figures),
+                "layers": layer_work(shape, plan, one, text_tokens),
+            }
+            for name, plan in variants.items()
+            if name != BLIND
+        ],
+        "blind": _accuracy(asked, given[BLIND]),
+        "examples": [_example(asked, given, index * per_kind) for index in range(len(KINDS))],
+        **machine_facts(model.device),
+    }
+
+
+def timed_prompt(model, processor, asked: Sequence[Question]) -> tuple[torch.Tensor, VisualLayout]:
+    """What the decoder is given for `asked`, questions of one length: input embeddings and their layout."""
+    inputs = processor(
+        images=[question.image for question in asked],
+        text=[prompt(question.text) for question in asked],
+        return_tensors="pt",
+    )
+    kept = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: kept.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        hook.remove()
+    is_image = inputs["input_ids"] == model.config.image_token_id
+    grid = shape_of(model).image.grid
+    layout = VisualLayout.from_grids([[(int(row.int().argmax()), (1, *grid))] for row in is_image])
+    return kept[0], layout
+
+
+def _costs(name: str, figures: dict[str, dict]) -> dict:
+    """FLOPs, bytes and seconds of one question's prefill; the unpatched model's for `DENSE`."""
+    own = figures[PLANS[0] if name == DENSE else name]
+    suffix, timed = ("_dense", "dense_s") if name == DENSE else ("", "patched_s")
+    return {
+        **{key: own[key + suffix] // TIMED for key in ("flops_visual", "flops", "kv_bytes", "peak_bytes")},
+        "prefill_s": own[timed] / TIMED,
+        "prefill_spread_s": [value / TIMED for value in own["spread"][timed]],
+        "speedup": 1.0 if name == DENSE else own["speedup_paired"],
+    }
+
+
+def _accuracy(asked: Sequence[Question], given: Sequence[str]) -> dict[str, float]:
+    return {
+        kind: _share(words == q.answer for q, words in zip(asked, given, strict=True) if q.kind == kind)
+        for kind in KINDS
+    }
+
+
+def _share(flags) -> float:
+    flags = list(flags)
+    return sum(flags) / len(flags)
+
+
+def _example(asked: Sequence[Question], given: dict[str, list[str]], index: int) -> dict:
+    question, png = asked[index], io.BytesIO()
+    question.image.save(png, "PNG")
+    return {
+        "kind": question.kind,
+        "image_png": base64.b64encode(png.getvalue()).decode(),
+        "question": question.text,
+        "answer": question.answer,
+        "given": {name: words[index] for name, words in given.items()},
+    }

@@ -1,0 +1,55 @@
+"""What a plan leaves to compute in each layer, as plain data for pictures."""
+
+from __future__ import annotations
+
+import numpy as np
+
+import vis_sparse
+
+from ..kernels.patterns import visible
+from ..layout import VisualLayout
+from ..packing import visual_coordinates
+from ..plan import Neighborhood, VisualPlan
+from ..schedule import schedule
+from ..shapes import ModelShape
+
+
+def layer_work(shape: ModelShape, plan: VisualPlan, layout: VisualLayout, text_tokens: int) -> list[dict]:
+    """One dict a layer, for a plan with its heads resolved and a layout of one segment.
+
+    share: FLOPs of the visual tokens over those of the dense layer. reads: text reads visual tokens. heads, ffn: share
+    of the query heads and FFN neurons that visual tokens use. window: in words. seen: visual tokens (raster indices)
+    that the token in the middle of the grid attends to.
+    """
+
+    def visual_flops(of: VisualPlan) -> list[int]:
+        report = vis_sparse.flops(shape, of, layout=layout, text_tokens=text_tokens, convention="executed")
+        return [layer.visual.total for layer in report.prefill.layers]
+
+    tokens = visual_coordinates(layout)
+    segment = layout.segments[0]
+    middle = tokens.take([segment.height // 2 * segment.width + segment.width // 2])
+    dense = visual_flops(VisualPlan.dense(shape.layers))
+    rows = []
+    for work, cost, whole in zip(
+        schedule(plan, shape.heads, shape.kv_heads, shape.ffn), visual_flops(plan), dense, strict=True
+    ):
+        neurons = work.neurons if isinstance(work.neurons, int) else len(work.neurons)
+        rows.append(
+            {
+                "share": cost / whole,
+                "reads": work.reads,
+                "heads": len(work.value_heads) / shape.heads if cost else 0.0,
+                "ffn": neurons / shape.ffn,
+                "window": _words(work.attention) if work.query_heads else "none",
+                "seen": np.flatnonzero(visible(work.attention, middle, tokens)).tolist() if work.query_heads else [],
+            }
+        )
+    return rows
+
+
+def _words(attention: str | Neighborhood) -> str:
+    if not isinstance(attention, Neighborhood):
+        return "all before"
+    side = 2 * attention.radius + 1
+    return f"{side} x {side}" + (", before" if attention.direction == "causal" else "")

@@ -1,0 +1,99 @@
+"""Tables of the measuring commands, from their JSON."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from ..cli_options import human, mebibytes, tight_table
+
+
+def draw_bench(console: Console, results: list[dict]) -> None:
+    """Prefill, and a decode step if it was measured, from the objects of `bench`."""
+    first = results[0]
+    facts, machine = first["versions"], first["machine"]
+    console.print(
+        f"{first['model']}, {first['layers']} layers, {first['dtype']}, batch {first['batch']}, "
+        f"{first['visual_tokens']} visual + {first['text_tokens']} text tokens a sample"
+    )
+    console.print(_bench_table("\nPrefill", results, ""))
+    if "decode_dense_s" in first:
+        console.print(_bench_table("\nDecode step", results, "decode_"))
+    console.print(
+        f"\ntime: median of {first['repeats']} rounds in turns, range: fastest to slowest. efficiency: speed-up over "
+        "fewer FLOPs,\nagainst the unpatched model / the dense plan. peak: tensors made in prefill.\n"
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['device']}, torch {facts['torch']}, "
+        f"transformers {facts['transformers']}, {first['date'][:10]}",
+        style="bright_black",
+        highlight=False,
+    )
+
+
+def _bench_table(title: str, results: list[dict], prefix: str) -> Table:
+    first, sizes = results[0], not prefix
+    headings = ["plan", "time", "range", "speed-up", "fewer FLOPs", "efficiency"]
+    table = tight_table(*headings, *(("KV MiB", "peak MiB") if sizes else ()), left=("plan",), title=title)
+
+    def add(name, row, kind, ratios, kv=None, peak=None):
+        times = seconds(row[prefix + kind]), span(row[prefix + "spread"][kind])
+        bytes_ = [mebibytes(size).removesuffix(" MiB") for size in (kv, peak) if size is not None]
+        table.add_row(name, *times, *ratios, *(bytes_ if sizes else ()))
+
+    add("unpatched", first, "dense_s", ("1.00", "1.00", ""), first["kv_bytes_dense"], first["peak_bytes_dense"])
+    if all(row["plan"] != "dense" for row in results):
+        speedup = f"{first[prefix + 'dense_s'] / first[prefix + 'dense_plan_s']:.2f}"
+        add("dense plan", first, "dense_plan_s", (speedup, "1.00", speedup))
+    for row in results:
+        ratios = [row[prefix + name] for name in ("speedup", "flop_ratio", "efficiency", "efficiency_vs_dense_plan")]
+        speedup, fewer, efficiency, over_dense = (f"{ratio:.2f}" for ratio in ratios)
+        shown = (speedup, fewer, f"{efficiency} / {over_dense}")
+        add(row["plan"], row, "patched_s", shown, row["kv_bytes"], row["peak_bytes"])
+    return table
+
+
+def draw_demo(console: Console, results: dict) -> None:
+    """Accuracy, with the blind model's below, and cost of every plan, from the demo's figures."""
+    kinds = list(results["questions"])
+    table = tight_table("plan", *kinds, "= dense", left=("plan",), title="Exact answers, %")
+    for row in results["plans"]:
+        table.add_row(row["plan"], *(percent(row["accuracy"][k]) for k in kinds), percent(row["same_as_dense"]))
+    table.add_row("blind", *(percent(results["blind"][kind]) for kind in kinds), "", style="bright_black")
+    console.print(table)
+    asked = " + ".join(str(count) for count in results["questions"].values())
+    note = f"{asked} held-out questions; blind: text reads no visual token; = dense: the same answer as dense\n"
+    console.print(note, style="bright_black", highlight=False)
+
+    headings = ("plan", "visual FLOPs", "all FLOPs", "KV cache", "prefill", "range", "speed-up")
+    table = tight_table(*headings, left=("plan",), title="Cost of one question")
+    for row in results["plans"]:
+        table.add_row(
+            row["plan"],
+            human(row["flops_visual"]),
+            human(row["flops"]),
+            f"{row['kv_bytes'] / 2**10:,.0f} KiB",
+            seconds(row["prefill_s"]),
+            span(row["prefill_spread_s"]),
+            f"{row['speedup']:.2f}",
+        )
+    console.print(table)
+    timed, machine = results["timed"], results["machine"]
+    console.print(
+        f"decoder only, batch of {timed['batch']}, median of {timed['repeats']} rounds in turns; {machine['cpu']}, "
+        f"{machine['threads']} threads\n",
+        style="bright_black",
+        highlight=False,
+    )
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def span(times: list[float]) -> str:
+    """Fastest to slowest, in the unit that `seconds` would give the fastest."""
+    factor = 1 if times[0] >= 1 else 1e3
+    return f"{times[0] * factor:.3g}–{times[1] * factor:.3g}"
