@@ -12,6 +12,10 @@ from dataclasses import dataclass
 Grid = tuple[int, int, int]
 
 
+class ShapeError(ValueError):
+    """A model shape that is unknown, malformed, or lacks what a count needs; or an image it cannot take."""
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
     """What one image becomes.
@@ -87,6 +91,8 @@ class SmartResize:
     default_size: tuple[int, int]
 
     def encode(self, height: int, width: int) -> EncodedImage:
+        if max(height, width) > 200 * min(height, width):
+            raise ShapeError(f"image size: got {width} x {height} pixels, expected an aspect ratio of at most 200")
         unit = self.patch * self.merge
         rows, columns = (round(side / unit) for side in (height, width))
         if rows * columns * unit**2 > self.max_pixels:
@@ -121,16 +127,10 @@ class Tiles:
 
     def arrangement(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of tiles. Of equally near shapes, more tiles only where the image has the pixels for them."""
-        choices = sorted(
-            (
-                (down, across)
-                for down in range(1, self.max_tiles + 1)
-                for across in range(1, self.max_tiles // down + 1)
-            ),
-            key=lambda choice: choice[0] * choice[1],
-        )
+        sides = range(1, self.max_tiles + 1)
+        choices = [(across, down) for across in sides for down in sides if across * down <= self.max_tiles]
         best, nearest = (1, 1), math.inf
-        for down, across in choices:
+        for across, down in sorted(choices, key=math.prod):
             distance = abs(width / height - across / down)
             roomy = 2 * height * width > self.tile**2 * down * across
             if distance < nearest or (distance == nearest and roomy):

@@ -8,13 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from .image_grids import IMAGE_RULES, ImageRule
+from .image_grids import IMAGE_RULES, ImageRule, ShapeError
 
 SHAPES = Path(__file__).parent / "configs" / "shapes"
-
-
-class ShapeError(ValueError):
-    """A model shape that is unknown, malformed, or lacks what a count needs."""
 
 
 @dataclass(frozen=True, slots=True)

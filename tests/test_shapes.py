@@ -1,0 +1,195 @@
+"""Model shapes: the shipped figures, checkpoints and live models, and image sizes to grids as transformers does it."""
+
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import (
+    CLIPVisionConfig,
+    InternVLConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    Qwen2VLConfig,
+)
+from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+from vis_sparse.image_grids import FixedGrid, SmartResize
+from vis_sparse.shape_config import shape_of_config
+from vis_sparse.shapes import ShapeError, as_shape, load_shape, shape_names, shape_of
+
+NEXT, QWEN, INTERN = (load_shape(name).image for name in ("llava-next-7b", "qwen2-vl-7b", "internvl2-8b"))
+sizes = st.tuples(st.integers(1, 4000), st.integers(1, 4000))
+
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+}
+CLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+}
+
+
+def parameters(shape):
+    """(decoder with input embedding, vision tower) matrices of a shape, in billions."""
+    attention = shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
+    decoder = shape.layers * (attention + 3 * shape.hidden * shape.ffn) + shape.vocab * shape.hidden
+    vision = shape.vision
+    return decoder / 1e9, vision.layers * vision.hidden * (4 * vision.hidden + 2 * vision.ffn) / 1e9
+
+
+@pytest.mark.parametrize(
+    ("name", "decoder", "vision"),
+    [
+        # Vicuna, Qwen2, Phi-3 mini, InternLM2.5 7B and InternLM2 20B less their LM heads; CLIP ViT-L, Qwen2-VL's ViT,
+        # InternViT 300M and 6B: sizes as published, in billions
+        ("llava-1.5-7b", 6.61, 0.30),
+        ("llava-1.5-13b", 12.85, 0.30),
+        ("llava-next-7b", 6.61, 0.30),
+        ("qwen2-vl-2b", 1.54, 0.63),
+        ("qwen2-vl-7b", 7.07, 0.63),
+        ("internvl2-4b", 3.72, 0.30),
+        ("internvl2-8b", 7.36, 0.30),
+        ("internvl2-26b", 19.29, 5.53),
+    ],
+)
+def test_shipped_shapes_have_the_published_sizes(name, decoder, vision):
+    shape = load_shape(name)
+    assert shape.name == name
+    assert parameters(shape) == pytest.approx((decoder, vision), rel=0.01)
+    # the projector takes what the tower gives, merged or not, to the decoder's width
+    assert shape.projector[0][0] % shape.vision.hidden == 0
+    assert [shape.projector[0][1], shape.projector[1][1]] == [shape.projector[1][0], shape.hidden]
+
+
+def test_every_shipped_shape_is_named_above():
+    names = test_shipped_shapes_have_the_published_sizes.pytestmark[0].args[1]
+    assert [name for name, *_ in sorted(names)] == shape_names()
+
+
+def test_an_unknown_shape_names_the_nearest():
+    message = (
+        r"^model: got 'llava-1.5-7', expected a folder with a config.json or one of .*; did you mean 'llava-1.5-7b'\?$"
+    )
+    with pytest.raises(ShapeError, match=message):
+        load_shape("llava-1.5-7")
+
+
+def test_something_else_is_refused():
+    with pytest.raises(
+        ShapeError, match="^model: got list, expected a transformers model, a shape, a name or a folder$"
+    ):
+        as_shape([1])
+
+
+def test_llava_15_takes_every_image_to_one_grid():
+    encoded = load_shape("llava-1.5-7b").image.encode(123, 4567)
+    assert (encoded.grids, encoded.sequences, encoded.projected) == (((1, 24, 24),), (576,), 576)
+
+
+@given(sizes)
+def test_llava_next_grids_are_transformers(size):
+    encoded = NEXT.encode(*size)
+    pinpoints = [list(pinpoint) for pinpoint in NEXT.pinpoints]
+    down, across = get_anyres_image_grid_shape(list(size), pinpoints, 336)
+    unpadded = unpad_image(torch.empty(1, 24 * down, 24 * across, device="meta"), size)
+    _, rows, columns = unpadded.shape
+    assert encoded.grids == ((1, 24, 24), (1, rows, columns + 1))
+    assert encoded.sequences == (576,) * (1 + down * across)
+    assert encoded.projected == 576 * (1 + down * across)
+
+
+def test_llava_next_at_672_x_672_is_2928_tokens():
+    assert sum(map(math.prod, NEXT.encode(672, 672).grids)) == 576 + 48 * 49 == 2928
+    # 23.6 rows of image in 24: what is left of an odd padding stays
+    assert NEXT.encode(330, 672).grids[1] == (1, 24, 49)
+
+
+@given(sizes)
+def test_qwen2_vl_grids_are_transformers(size):
+    height, width = size
+    if max(size) / min(size) > 200:
+        with pytest.raises(ShapeError, match="aspect ratio"):
+            QWEN.encode(*size)
+        return
+    rows, columns = smart_resize(height, width, 28, QWEN.min_pixels, QWEN.max_pixels)
+    encoded = QWEN.encode(height, width)
+    assert encoded.grids == ((1, rows // 28, columns // 28),)
+    assert encoded.sequences == (rows * columns // 14**2,)
+    assert encoded.projected == rows * columns // 28**2
+
+
+@given(sizes)
+def test_internvl_tiles_are_transformers(size):
+    columns, rows = get_optimal_tiled_canvas(size, (448, 448), 1, 12)
+    encoded = INTERN.encode(*size)
+    assert INTERN.arrangement(*size) == (rows, columns)
+    tiles = rows * columns + (rows * columns > 1)
+    assert encoded.grids == ((1, 16, 16),) * tiles
+    assert encoded.sequences == (1024,) * tiles
+    assert encoded.projected == 256 * tiles
+
+
+def test_a_live_model_and_its_folder_have_one_shape(tmp_path):
+    config = LlavaConfig(text_config=LlamaConfig(**TEXT, head_dim=24), vision_config=CLIPVisionConfig(**CLIP))
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    config.save_pretrained(tmp_path / "tiny")
+    shape = shape_of(model)
+    assert (shape.layers, shape.hidden, shape.heads, shape.kv_heads, shape.head_dim) == (3, 64, 4, 2, 24)
+    assert (shape.ffn, shape.vocab, shape.qkv_bias) == (96, 100, False)
+    assert shape.projector == ((32, 64), (64, 64))
+    assert shape.image == FixedGrid((4, 4), (56, 56))
+    folder = load_shape(tmp_path / "tiny")
+    assert folder.name == "tiny"
+    assert (folder.vision, folder.projector, folder.image) == (shape.vision, shape.projector, shape.image)
+    assert as_shape(str(tmp_path / "tiny")) == folder
+
+
+def test_a_bare_language_model_is_its_decoder():
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**TEXT, attention_bias=True))
+    shape = shape_of(model)
+    assert (shape.vision, shape.projector, shape.image) == (None, (), None)
+    assert (shape.head_dim, shape.qkv_bias) == (16, True)
+
+
+def test_configs_of_the_other_families():
+    clip = CLIPVisionConfig(**CLIP)
+    shape = shape_of_config(
+        LlavaNextConfig(text_config=LlamaConfig(**TEXT), vision_config=clip, image_grid_pinpoints=[[56, 112]]), "next"
+    )
+    assert shape.image.encode(56, 112).grids == ((1, 4, 4), (1, 4, 9))
+    shape = shape_of_config(Qwen2VLConfig(text_config=TEXT | {"vocab_size": 200000}), "qwen")
+    shipped = load_shape("qwen2-vl-7b")
+    assert (shape.vision, shape.projector, shape.qkv_bias) == (shipped.vision, shipped.projector, True)
+    assert shape.image == shipped.image
+    assert isinstance(shape.image, SmartResize)
+    shape = shape_of_config(InternVLConfig(text_config=LlamaConfig(**TEXT)), "intern")
+    shipped = load_shape("internvl2-8b")
+    assert (shape.vision, shape.image) == (shipped.vision, shipped.image)
+    assert shape.projector == ((4096, 64), (64, 64))
+
+
+def test_a_folder_that_transformers_does_not_know_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "of-the-future"}')
+    with pytest.raises(
+        ShapeError, match=re.escape(f"model: got {tmp_path}, expected a config.json that transformers knows")
+    ):
+        load_shape(tmp_path)
