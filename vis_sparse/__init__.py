@@ -8,6 +8,8 @@ _EXPORTS = {
     "LayerPlan": "plan",
     "Neighborhood": "plan",
     "PlanError": "plan",
+    "HeadBudget": "plan",
+    "PlanRecipe": "plan",
     "load_plan": "plan_yaml",
     "plan_names": "plan_yaml",
     "VisualLayout": "layout",

@@ -8,7 +8,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from .kernels.patterns import VisualPattern
+from .kernels.patterns import Mask, VisualPattern
 from .packing import Coordinates, Packing
 
 
@@ -81,18 +81,18 @@ class Call:
         columns = self.packing.text_columns + self.packing.past
         return slots.valid[:, None, :] & (slots.column[:, None, :] <= columns[:, :, None])
 
-    def seen_mask(self, blind: tuple[bool, ...] | None) -> torch.Tensor | None:
+    def seen_mask(self, blind: tuple[bool, ...] | None) -> Mask | None:
         """Mask (batch, 1 or heads, text length, slots) of text queries over the `seen` store; None: all is read."""
         if blind not in self._masks:
             allowed = self._allowed(self._seen)[:, None]
             if blind is not None:
                 hidden = np.array(blind)[None, :, None, None] & self._seen.is_visual[:, None, None, :]
                 allowed = allowed & ~hidden
-            self._masks[blind] = None if allowed.all() else self._to(allowed)
+            self._masks[blind] = None if allowed.all() else Mask(self._to(allowed))
         return self._masks[blind]
 
     @cached_property
-    def rest_mask(self) -> tuple[torch.Tensor | None, bool]:
+    def rest_mask(self) -> tuple[Mask | None, bool]:
         """Mask of text queries over the `rest` store, and whether plain causal attention does without one."""
         allowed = self._allowed(self._rest)
         if allowed.all():
@@ -100,7 +100,7 @@ class Call:
         square = allowed.shape[1] == allowed.shape[2]
         if square and (allowed == np.tri(allowed.shape[1], dtype=bool)).all():
             return None, True
-        return self._to(allowed[:, None]), False
+        return Mask(self._to(allowed[:, None])), False
 
     def pattern(self, attention, stored: bool) -> VisualPattern:
         """What visual queries read, over the slots of `seen` if the layer stores them, else over those of `rest`

@@ -161,12 +161,13 @@ class LaneLayer:
         has_visual = h.shape[0] > num_text
         for name in ("query", "key", "value"):
             rows = h if has_visual and name in self.shared else h[:num_text]
-            y = apply(getattr(self.layer, name), rows).unflatten(1, (-1, self.head_dim))
+            # the fused attention kernels want rows that lie one after the other
+            y = apply(getattr(self.layer, name), rows).contiguous().unflatten(1, (-1, self.head_dim))
             if name != "value":
                 y = rotate(y, cos[: len(y)], sin[: len(y)])
             text[name], visual[name], both[name] = y[:num_text], y[num_text:], y
         if has_visual and self.cut_names:
-            y = self.cut(h[num_text:]).unflatten(1, (-1, self.head_dim))
+            y = self.cut(h[num_text:]).contiguous().unflatten(1, (-1, self.head_dim))
             turned = sum(size for name, size in zip(self.cut_names, self.cut_sizes) if name != "value")
             if turned:
                 y = (rotate(y[:, :turned], cos[num_text:], sin[num_text:]), y[:, turned:])

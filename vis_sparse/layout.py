@@ -87,8 +87,12 @@ class VisualLayout:
             inside.append(segment)
         return VisualLayout(self.batch_size, tuple(inside))
 
+    def before(self, end: int) -> VisualLayout:
+        """The segments that start before position `end`."""
+        return VisualLayout(self.batch_size, tuple(s for s in self.segments if s.start < end))
+
     def shifted(self, offset: int) -> VisualLayout:
-        """The same layout with `offset` added to every position."""
+        """The same layout with `offset` added to every position (a later turn of a conversation)."""
         moved = (Segment(s.sample, s.start + offset, s.frames, s.height, s.width) for s in self.segments)
         return VisualLayout(self.batch_size, tuple(moved))
 

@@ -42,18 +42,33 @@ def _window(near: Neighborhood, position, side):
     return first - near.radius, last + near.radius
 
 
+class Mask:
+    """Which keys are read, kept in the forms that backends want. allowed: bool tensor, True = read."""
+
+    def __init__(self, allowed: torch.Tensor):
+        self.allowed = allowed
+        self._bias: dict[torch.dtype, torch.Tensor] = {}
+
+    def bias(self, dtype: torch.dtype) -> torch.Tensor:
+        """0 where read, -inf elsewhere: what scaled_dot_product_attention adds without converting it in every call."""
+        if dtype not in self._bias:
+            zeros = torch.zeros(self.allowed.shape, dtype=dtype, device=self.allowed.device)
+            self._bias[dtype] = zeros.masked_fill_(~self.allowed, float("-inf"))
+        return self._bias[dtype]
+
+
 @dataclass(frozen=True)
 class Tiles:
     """Index tables of the tiled backend.
 
     query: (tiles, Q) packed visual row of each query, padded with a repeated row. key: (tiles, K) index into the
-    (batch * slots) key rows. mask: (tiles, 1, Q, K) bool, True = read. position: (num_visual,) place of each packed
+    (batch * slots) key rows. mask: (tiles, 1, Q, K). position: (num_visual,) place of each packed
     row in the flattened (tiles * Q) output; None if that is the packed order itself.
     """
 
     query: torch.Tensor
     key: torch.Tensor
-    mask: torch.Tensor
+    mask: Mask
     position: torch.Tensor | None
 
     @property
@@ -73,11 +88,11 @@ class VisualPattern:
         self.attention, self.query, self.slots, self.device = attention, query, slots, device
 
     @cached_property
-    def dense_mask(self) -> torch.Tensor:
-        """(num_visual, batch * slots) bool, True = read."""
+    def dense_mask(self) -> Mask:
+        """(num_visual, batch * slots)."""
         query = self.query.take(np.s_[:, None])
         key = Coordinates(*(array.reshape(1, -1) for array in self.slots))
-        return torch.from_numpy(visible(self.attention, query, key)).to(self.device)
+        return Mask(torch.from_numpy(visible(self.attention, query, key)).to(self.device))
 
     @cached_property
     def tiles(self) -> Tiles:
@@ -102,7 +117,7 @@ class VisualPattern:
         return Tiles(
             torch.from_numpy(query).to(**to),
             torch.from_numpy(key).to(**to),
-            torch.from_numpy(mask[:, None]).to(**to),
+            Mask(torch.from_numpy(mask[:, None]).to(**to)),
             None if in_order else torch.from_numpy(position).to(**to),
         )
 
@@ -121,7 +136,7 @@ class VisualPattern:
             first = self.query.take(rows[0])
             seen = self.slots.take(first.sample)
             text = flat[first.sample][seen.valid & ~seen.is_visual & (seen.column < first.column)]
-            own = flat[first.sample][seen.segment == segment]
+            own = flat[first.sample][seen.valid & (seen.segment == segment)]
             shape = (len(rows) // (first.height * first.width), first.height, first.width)
             boxes += self._segment_boxes(rows.reshape(shape), own.reshape(shape), text, sides)
         return boxes

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import torch
 
-from .patterns import VisualPattern
+from .patterns import Mask, VisualPattern
 
 
 def text_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None,
+    mask: Mask | None,
     causal: bool,
     scale: float,
 ) -> torch.Tensor:
     """Attention of text queries.
 
-    query (batch, Q, heads, head_dim); key, value (batch, S, kv_heads, head_dim); mask bool, broadcastable to (batch,
-    heads, Q, S), True = read, or None. causal (without mask): query i reads the keys up to S - Q + i.
+    query (batch, Q, heads, head_dim); key, value (batch, S, kv_heads, head_dim); mask broadcastable to (batch, heads,
+    Q, S), or None. causal (without mask): query i reads the keys up to S - Q + i.
     Returns (batch, Q, heads, head_dim).
     """
+    allowed = None if mask is None else mask.allowed
     if causal:
         size = (query.shape[1], key.shape[1])
-        mask = torch.ones(size, dtype=torch.bool, device=query.device).tril(size[1] - size[0])
+        allowed = torch.ones(size, dtype=torch.bool, device=query.device).tril(size[1] - size[0])
     groups = query.shape[2] // key.shape[2]
     key, value = (t.repeat_interleave(groups, dim=2) for t in (key, value))
     scores = torch.einsum("bqhd,bshd->bhqs", query, key) * scale
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
     # a padding query may read nothing: its weights become 0, not NaN
     weights = torch.softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=-1).nan_to_num(0.0)
     return torch.einsum("bhqs,bshd->bqhd", weights.to(query.dtype), value)

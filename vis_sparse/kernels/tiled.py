@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from .patterns import VisualPattern
+from .patterns import Mask, VisualPattern
 
 
 def text_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None,
+    mask: Mask | None,
     causal: bool,
     scale: float,
 ) -> torch.Tensor:
@@ -21,7 +21,7 @@ def text_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        attn_mask=mask,
+        attn_mask=None if mask is None else mask.bias(query.dtype),
         is_causal=causal,
         scale=scale,
         enable_gqa=query.shape[2] != key.shape[2],

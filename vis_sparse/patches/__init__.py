@@ -62,7 +62,11 @@ def patch(
     resolved.check_fits(len(decoder.layers), decoder.num_heads, decoder.ffn_size)
     resolved = resolve_heads(resolved, decoder.num_heads, decoder.num_kv_heads, heads)
     resolved.check_fits(len(decoder.layers), decoder.num_heads, decoder.ffn_size)
-    state = PatchState(family, outer, decoder, resolved, get_backend(backend), backend)
+    try:
+        kernels = get_backend(backend)
+    except ValueError as error:
+        raise PatchError(str(error)) from None
+    state = PatchState(family, outer, decoder, resolved, kernels, backend)
     unpatch(model)
     state.install()
     return model

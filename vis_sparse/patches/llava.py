@@ -24,8 +24,10 @@ def read_layout(outer: nn.Module, arguments: dict, past: int) -> VisualLayout | 
     input_ids = arguments.get("input_ids")
     if input_ids is None:
         return None
+    # `generate` runs the vision tower beforehand and hands its output over instead of the pixels
+    encoded = (arguments.get("mm_encoder_outputs") or {}).get("image")
     pixel_values = arguments.get("pixel_values")
-    if pixel_values is None:
+    if pixel_values is None and encoded is None:
         return VisualLayout(input_ids.shape[0])
     grid = _grid(outer, arguments, pixel_values)
     size = grid[0] * grid[1]
@@ -49,6 +51,6 @@ def _grid(outer: nn.Module, arguments: dict, pixel_values) -> tuple[int, int]:
         raise LayoutError(
             f"vision_feature_select_strategy: got {strategy!r}, expected 'default' (a class token has no place in the grid)"
         )
-    patch = outer.config.vision_config.patch_size
-    height, width = pixel_values.shape[-2:]
-    return height // patch, width // patch
+    vision = outer.config.vision_config
+    height, width = (vision.image_size,) * 2 if pixel_values is None else pixel_values.shape[-2:]
+    return height // vision.patch_size, width // vision.patch_size

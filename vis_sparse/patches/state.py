@@ -95,6 +95,11 @@ class PatchState:
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         layout = self._call_layout(batch, length, past, input_ids is None)
         in_lanes = past_key_values is not None and any(isinstance(c, LaneCacheLayer) for c in past_key_values.layers)
+        if past and not in_lanes and self.given is not None and self.given.before(past).segments:
+            raise LayoutError(
+                f"past_key_values: got a plain cache of {past} columns with visual segments of the layout in them, "
+                "expected a cache that this patched model filled"
+            )
         if not (layout.segments or in_lanes):
             return self._plain_forward(
                 input_ids=input_ids,
@@ -217,7 +222,7 @@ def _check_supported(config, attention_mask, cache, kwargs) -> None:
         raise PatchError("cu_seq_lens_q: got packed sequences, expected one sequence a batch row")
     if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.dim() != 2):
         given = "a dict" if isinstance(attention_mask, dict) else f"{attention_mask.dim()} dimensions"
-        raise PatchError(f"attention_mask: got {given}, expected (batch, columns) of ones and zeros")
+        raise PatchError(f"attention_mask: got {given}, expected 2 dimensions (batch, columns) of ones and zeros")
     if cache is None:
         return
     plain = all(type(layer) is DynamicLayer or isinstance(layer, LaneCacheLayer) for layer in cache.layers)
