@@ -20,7 +20,9 @@ def flops_command(
     model: ModelOption = "llava-1.5-7b",
     plan: Annotated[str, typer.Option("--plan", metavar="A,B,...", help="Plans (names or files) to count.")] = "auto",
     text_tokens: Annotated[int, typer.Option(min=0, help="Text tokens of a sample, those before the image too.")] = 64,
-    text_before: Annotated[int, typer.Option(min=0, help="Text tokens before the first image.")] = 35,
+    text_before: Annotated[
+        int | None, typer.Option(min=0, help="Text tokens before the first image.", show_default="35, or all there are")
+    ] = None,
     image_size: Annotated[str | None, typer.Option(metavar="WxH", help="Size of the images in pixels.")] = None,
     images: Annotated[int, typer.Option(min=0, help="Images in a sample.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 1,
@@ -31,7 +33,7 @@ def flops_command(
     shape = load_shape(model)
     settings = {
         "text_tokens": text_tokens,
-        "text_before": min(text_before, text_tokens),
+        "text_before": min(35, text_tokens) if text_before is None else text_before,
         "image_size": _pixels(image_size),
         "images": images,
         "batch": batch,
