@@ -1,11 +1,10 @@
-"""Small random models, batches, plans and layouts, all from seeds.
+"""Small random models, batches and plans, all from seeds, and the calls that tests make with them.
 
 A sample is written as a tuple: numbers are runs of text tokens, grids (frames, height, width) are segments.
 """
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +19,7 @@ from transformers import (
     Qwen2Config,
 )
 
+import vis_sparse
 from vis_sparse.layout import VisualLayout
 from vis_sparse.plan import LayerPlan, Neighborhood, VisualPlan
 
@@ -57,7 +57,9 @@ def make_model(text: str = "llama", seed: int = 0, dtype=torch.float64, **text_c
     return from_text_config(config(**_SIZES | settings | text_changes), seed, dtype)
 
 
-def from_text_config(text_config, seed: int = 0, dtype=torch.float64, image_size=28, patch_size=7):
+def from_text_config(
+    text_config, seed: int = 0, dtype=torch.float64, image_size=28, patch_size=7, image_token=IMAGE_TOKEN
+):
     vision = CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=32,
@@ -66,19 +68,16 @@ def from_text_config(text_config, seed: int = 0, dtype=torch.float64, image_size
         image_size=image_size,
         patch_size=patch_size,
     )
-    config = LlavaConfig(vision_config=vision, text_config=text_config, image_token_id=IMAGE_TOKEN)
+    config = LlavaConfig(vision_config=vision, text_config=text_config, image_token_id=image_token)
     config.pad_token_id = 0
     model = LlavaForConditionalGeneration(config).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.named_parameters():
         noise = torch.randn(tensor.shape, generator=generator)
         tensor.data = 1 + 0.2 * noise if "norm" in name and name.endswith("weight") else 0.15 * noise
+    if image_token < text_config.vocab_size:
+        model.lm_head.weight.data[image_token] = 0  # as good as never generated
     return model.to(dtype)
-
-
-def pristine(model):
-    """A copy that stays as it is while `model` is patched."""
-    return copy.deepcopy(model)
 
 
 def deep_model(layers: int, dtype=torch.float64):
@@ -155,7 +154,7 @@ def make_batch(model, samples, padding: str = "left", seed: int = 1) -> Batch:
     return Batch(tuple(samples), ids, mask, pixels, embeds, layout)
 
 
-def text_inputs(model, **call) -> torch.Tensor:
+def text_inputs(model, grad: bool = False, **call) -> torch.Tensor:
     """The inputs_embeds with which the unpatched `model` calls its text model."""
     seen = {}
 
@@ -164,11 +163,53 @@ def text_inputs(model, **call) -> torch.Tensor:
 
     hook = model.model.language_model.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(grad):
             model(**call)
     finally:
         hook.remove()
-    return seen["inputs_embeds"].detach()
+    return seen["inputs_embeds"]
+
+
+def extended(model, batch: Batch, steps: int, seed: int = 2) -> Batch:
+    """`batch` with `steps` more text tokens in every sample, as decoding feeds them."""
+    tokens = torch.randint(1, IMAGE_TOKEN, (len(batch.samples), steps), generator=torch.Generator().manual_seed(seed))
+    return replace(
+        batch,
+        input_ids=torch.cat([batch.input_ids, tokens], dim=1),
+        attention_mask=torch.cat([batch.attention_mask, torch.ones_like(tokens)], dim=1),
+        embeds=torch.cat([batch.embeds, model.get_input_embeddings()(tokens).detach()], dim=1),
+    )
+
+
+def every_cut(batch: Batch) -> list[int]:
+    """All columns at which a prefill chunk may end: those outside every segment."""
+    inside = {column for s in batch.layout.segments for column in range(s.start + 1, s.end)}
+    return [column for column in range(1, batch.length + 1) if column not in inside]
+
+
+def run(model, batch: Batch, cuts=(), by: str = "ids", cache=None, start: int = 0):
+    """(logits of all rows from `start` on, cache): one call for each chunk that ends at a column of `cuts`.
+
+    by: "ids" (input_ids and pixel_values), "embeds" (inputs_embeds under `use_layout`).
+    """
+    logits = []
+    for end in [*[cut for cut in cuts if start < cut < batch.length], batch.length]:
+        call = dict(
+            attention_mask=batch.attention_mask[:, :end],
+            position_ids=batch.position_ids[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        if by == "embeds":
+            with vis_sparse.use_layout(model, batch.layout):
+                out = model(inputs_embeds=batch.embeds[:, start:end], **call)
+        else:
+            pictures = [start <= s.start < end for s in batch.layout.segments]
+            pixels = dict(pixel_values=batch.pixel_values[pictures]) if any(pictures) else {}
+            out = model(input_ids=batch.input_ids[:, start:end], **pixels, **call)
+        logits.append(out.logits)
+        cache, start = out.past_key_values, end
+    return torch.cat(logits, dim=1), cache
 
 
 def random_plan(seed: int, semantics: str = "exclude", layers: int = LAYERS) -> VisualPlan:
