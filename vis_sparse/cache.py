@@ -12,12 +12,17 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .packing import Coordinates, text_coordinates
+from .plan import VisualPlan
 
 
 class Book:
-    """Which token lies in which slot: coordinates of (batch, slots), in the order in which calls appended them."""
+    """Which token lies in which slot: coordinates of (batch, slots), in the order in which calls appended them.
 
-    def __init__(self, batch: int):
+    plan: the plan under which the cache is filled; another one stores other heads.
+    """
+
+    def __init__(self, batch: int, plan: VisualPlan):
+        self.plan = plan
         empty = np.zeros((batch, 0), dtype=np.int64)
         self.slots = text_coordinates(empty, empty, empty.astype(bool))
         self.length = 0  # columns of the sequence, padding and visual tokens included
@@ -52,7 +57,8 @@ class Book:
         self.length -= removed
         valid = self.slots.valid & (self.slots.column < self.length)
         kept = valid.any(0).nonzero()[0].max(initial=-1) + 1
-        self.slots = self.slots._replace(valid=valid).take(np.s_[:, :kept])
+        column = np.where(valid, self.slots.column, 0)
+        self.slots = self.slots._replace(valid=valid, column=column).take(np.s_[:, :kept])
         self.is_uniform &= bool(self.slots.valid.all())
 
     @property
@@ -165,7 +171,7 @@ class LaneCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         if self.leads:
-            self.book.__init__(len(self.book.slots.sample))
+            self.book.__init__(len(self.book.slots.sample), self.book.plan)
         self.seen, self.rest = Store(), Store()
 
     def lazy_initialization(self, key_states, value_states) -> None:

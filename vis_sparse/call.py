@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from functools import cached_property
-from types import ModuleType
 
 import numpy as np
 import torch
 
-from .kernels.patterns import Mask, VisualPattern
-from .packing import Coordinates, Packing
+from .kernels import Backend
+from .kernels.patterns import TextPattern, VisualPattern
+from .packing import Coordinates, Packing, on_device, text_coordinates
 
 
 class Call:
@@ -22,7 +22,6 @@ class Call:
     def __init__(self, packing: Packing, seen: Coordinates, rest: Coordinates, device: torch.device):
         self.packing, self.device = packing, device
         self._seen, self._rest = seen, rest
-        self._masks: dict = {}
         self._patterns: dict = {}
         self.num_text = packing.num_text
         self.batch = packing.batch
@@ -36,7 +35,7 @@ class Call:
         self.order = self._to(np.argsort(index)) if covers and not packing.past else None
 
     def _to(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        return on_device(array, self.device)
 
     def split(self, hidden, cos, sin):
         """Rows of the lanes: hidden (rows, d), cos and sign-turned sin (rows, 1, head_dim)."""
@@ -76,33 +75,15 @@ class Call:
     def _visual_slots(self) -> torch.Tensor:
         return self._to(self.packing.visual_slots.ravel())
 
-    def _allowed(self, slots: Coordinates) -> np.ndarray:
-        """(batch, text length, slots): which slots lie at or before each text query."""
-        columns = self.packing.text_columns + self.packing.past
-        return slots.valid[:, None, :] & (slots.column[:, None, :] <= columns[:, :, None])
+    def text_pattern(self, seen: bool, blind: tuple[bool, ...] | None = None) -> TextPattern:
+        """What text queries read of the `seen` store, or of the `rest` store."""
+        if (seen, blind) not in self._patterns:
+            columns = self.packing.text_columns + self.packing.past
+            slots = self._seen if seen else self._rest
+            self._patterns[seen, blind] = TextPattern(columns, slots, blind, self.device)
+        return self._patterns[seen, blind]
 
-    def seen_mask(self, blind: tuple[bool, ...] | None) -> Mask | None:
-        """Mask (batch, 1 or heads, text length, slots) of text queries over the `seen` store; None: all is read."""
-        if blind not in self._masks:
-            allowed = self._allowed(self._seen)[:, None]
-            if blind is not None:
-                hidden = np.array(blind)[None, :, None, None] & self._seen.is_visual[:, None, None, :]
-                allowed = allowed & ~hidden
-            self._masks[blind] = None if allowed.all() else Mask(self._to(allowed))
-        return self._masks[blind]
-
-    @cached_property
-    def rest_mask(self) -> tuple[Mask | None, bool]:
-        """Mask of text queries over the `rest` store, and whether plain causal attention does without one."""
-        allowed = self._allowed(self._rest)
-        if allowed.all():
-            return None, False
-        square = allowed.shape[1] == allowed.shape[2]
-        if square and (allowed == np.tri(allowed.shape[1], dtype=bool)).all():
-            return None, True
-        return Mask(self._to(allowed[:, None])), False
-
-    def pattern(self, attention, stored: bool) -> VisualPattern:
+    def visual_pattern(self, attention, stored: bool) -> VisualPattern:
         """What visual queries read, over the slots of `seen` if the layer stores them, else over those of `rest`
         with the call's visual slots between the past and the call's text."""
         if (attention, stored) not in self._patterns:
@@ -115,10 +96,17 @@ class Call:
         past = self._rest.column.shape[1] - self.packing.text_columns.shape[1]
         return Coordinates(*(np.concatenate([r[:, :past], o], axis=1) for r, o in zip(self._rest, own)))
 
-    def joint_attention(self, backend: ModuleType, rows: dict, scale: float) -> torch.Tensor:
+    def joint_attention(self, backend: Backend, rows: dict, scale: float) -> torch.Tensor:
         """Causal attention of all rows over all rows, for calls whose every column is a row; returns rows."""
         ordered = (
             rows[name].index_select(0, self.order).unflatten(0, (self.batch, -1)) for name in ("query", "key", "value")
         )
-        out = backend.text_attention(*ordered, None, True, scale).flatten(0, 1)
+        out = backend.text_attention(*ordered, self._joint_pattern, scale).flatten(0, 1)
         return out.index_select(0, self._row_index)
+
+    @cached_property
+    def _joint_pattern(self) -> TextPattern:
+        column = np.broadcast_to(np.arange(self.packing.length), (self.batch, self.packing.length))
+        sample = np.broadcast_to(np.arange(self.batch)[:, None], column.shape)
+        slots = text_coordinates(sample, column, np.ones(column.shape, dtype=bool))
+        return TextPattern(column, slots, None, self.device)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import nn
 
 from .cache import Book, LaneCacheLayer, Store
 from .call import Call
+from .kernels import Backend
 from .plan import VisualPlan
 from .schedule import LayerWork, schedule
 from .weights import CutLinear, apply, select, unit_columns
@@ -24,24 +24,26 @@ from .weights import CutLinear, apply, select, unit_columns
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """The modules of one decoder layer (pre-norm, gated FFN), as the executor calls them."""
+    """Where the modules of one decoder layer (pre-norm, gated FFN) are.
 
-    input_norm: nn.Module
-    query: nn.Module
-    key: nn.Module
-    value: nn.Module
-    output: nn.Module
-    post_norm: nn.Module
-    gate: nn.Module
-    up: nn.Module
-    down: nn.Module
-    activation: Callable[[torch.Tensor], torch.Tensor]
+    parts: for each of input_norm, query, key, value, output, post_norm, gate, up, down and activation, the module
+    that holds it and the name there: adapters put other modules in these places. scale: of the attention scores.
+    """
+
+    parts: dict[str, tuple[nn.Module, str]]
     scale: float
+
+    def module(self, part: str) -> nn.Module:
+        owner, name = self.parts[part]
+        return getattr(owner, name)
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A text model's decoder and its sizes. rotary(hidden, position_ids) gives cos and sin (batch, length, head_dim)."""
+    """A text model's decoder and its sizes.
+
+    rotary(hidden, position_ids) gives cos and sin, (batch or 1, length, head_dim).
+    """
 
     layers: tuple[DecoderLayer, ...]
     norm: nn.Module
@@ -109,7 +111,7 @@ def head_map(work: LayerWork, num_heads: int, num_kv_heads: int, zero: bool) -> 
 class LaneLayer:
     """One decoder layer under a plan."""
 
-    def __init__(self, layer: DecoderLayer, work: LayerWork, decoder: Decoder, zero: bool, backend: ModuleType):
+    def __init__(self, layer: DecoderLayer, work: LayerWork, decoder: Decoder, zero: bool, backend: Backend):
         self.layer, self.work, self.backend = layer, work, backend
         self.head_dim = decoder.head_dim
         self.heads = head_map(work, decoder.num_heads, decoder.num_kv_heads, zero)
@@ -119,15 +121,16 @@ class LaneLayer:
         self.cut_names = [name for name in wanted if name not in self.shared and wanted[name]]
         self.cut_sizes = [len(wanted[name]) for name in self.cut_names]
         self.cut = CutLinear(
-            [getattr(layer, name) for name in self.cut_names],
+            layer.module,
+            self.cut_names,
             rows=[unit_columns(wanted[name], self.head_dim) for name in self.cut_names],
         )
-        self.cut_output = CutLinear([layer.output], columns=unit_columns(work.query_heads, self.head_dim))
+        self.cut_output = CutLinear(layer.module, ["output"], columns=unit_columns(work.query_heads, self.head_dim))
         neurons = range(work.neurons) if isinstance(work.neurons, int) else work.neurons
         self.whole_ffn = len(neurons) == decoder.ffn_size
         self.has_ffn = len(neurons) > 0
-        self.cut_gate, self.cut_up = (CutLinear([m], rows=[tuple(neurons)]) for m in (layer.gate, layer.up))
-        self.cut_down = CutLinear([layer.down], columns=tuple(neurons))
+        self.cut_gate, self.cut_up = (CutLinear(layer.module, [n], rows=[tuple(neurons)]) for n in ("gate", "up"))
+        self.cut_down = CutLinear(layer.module, ["down"], columns=tuple(neurons))
         # all rows read the same keys in the same heads: one causal attention over the whole sequence
         self.is_joint = (
             "query" in self.shared
@@ -147,10 +150,13 @@ class LaneLayer:
         cuts = (self.cut, self.cut_output, self.cut_gate, self.cut_up, self.cut_down)
         return sum(cut.extra_bytes for cut in cuts)
 
+    def _apply(self, part: str, x: torch.Tensor) -> torch.Tensor:
+        return apply(self.layer.module(part), x)
+
     def __call__(self, x, call: Call, cos, sin, stores: tuple[Store, Store]) -> torch.Tensor:
         """x (text rows + visual rows, or text rows alone, hidden) -> the same after the layer. x may be reused."""
         num_text = call.num_text
-        text, visual, both = self._project(self.layer.input_norm(x), num_text, cos, sin)
+        text, visual, both = self._project(self.layer.module("input_norm")(x), num_text, cos, sin)
         x = self._attend(x, num_text, text, visual, both, call, stores)
         return self._feed_forward(x, num_text)
 
@@ -162,7 +168,7 @@ class LaneLayer:
         for name in ("query", "key", "value"):
             rows = h if has_visual and name in self.shared else h[:num_text]
             # the fused attention kernels want rows that lie one after the other
-            y = apply(getattr(self.layer, name), rows).contiguous().unflatten(1, (-1, self.head_dim))
+            y = self._apply(name, rows).contiguous().unflatten(1, (-1, self.head_dim))
             if name != "value":
                 y = rotate(y, cos[: len(y)], sin[: len(y)])
             text[name], visual[name], both[name] = y[:num_text], y[num_text:], y
@@ -186,17 +192,17 @@ class LaneLayer:
         keys, values = self._store(text, visual, call, stores, has_visual)
         if self.is_joint and has_visual and call.order is not None:
             rows = call.joint_attention(self.backend, both, self.layer.scale)
-            return add_rows(x, 0, apply(self.layer.output, rows.flatten(1)))
+            return add_rows(x, 0, self._apply("output", rows.flatten(1)))
         out = self._text_attention(text["query"], call, stores).flatten(0, 1).flatten(1)
         if not (has_visual and self.work.query_heads):
-            return add_rows(x, 0, apply(self.layer.output, out))
-        pattern = call.pattern(self.work.attention, self.work.stores)
+            return add_rows(x, 0, self._apply("output", out))
+        pattern = call.visual_pattern(self.work.attention, self.work.stores)
         if self.heads.visual_keys is not None:
             keys, values = (select(t, 2, self.heads.visual_keys) for t in (keys, values))
         seen = self.backend.visual_attention(visual["query"], keys, values, pattern, self.layer.scale).flatten(1)
         if "query" in self.shared:
-            return add_rows(x, 0, apply(self.layer.output, torch.cat([out, seen])))
-        x = add_rows(x, 0, apply(self.layer.output, out))
+            return add_rows(x, 0, self._apply("output", torch.cat([out, seen])))
+        x = add_rows(x, 0, self._apply("output", out))
         return add_rows(x, num_text, self.cut_output(seen))
 
     def _store(self, text, visual, call: Call, stores, has_visual: bool):
@@ -235,26 +241,26 @@ class LaneLayer:
         seen = rest = None
         if heads.seen:
             part = select(query, 2, heads.seen_queries)
-            seen = attention(part, *stores[0].tensors, call.seen_mask(heads.blind), False, scale)
+            seen = attention(part, *stores[0].tensors, call.text_pattern(True, heads.blind), scale)
         if heads.rest:
-            mask, causal = call.rest_mask
-            rest = attention(select(query, 2, heads.rest_queries), *stores[1].tensors, mask, causal, scale)
+            part = select(query, 2, heads.rest_queries)
+            rest = attention(part, *stores[1].tensors, call.text_pattern(False), scale)
         if seen is None or rest is None:
             return rest if seen is None else seen
         return select(torch.cat([seen, rest], 2), 2, heads.merge)
 
     def _feed_forward(self, x, num_text):
-        layer = self.layer
         has_visual = x.shape[0] > num_text
         shared = has_visual and self.whole_ffn
         cut = has_visual and self.has_ffn and not self.whole_ffn
-        h = layer.post_norm(x if shared or cut else x[:num_text])
+        h = self.layer.module("post_norm")(x if shared or cut else x[:num_text])
         rows = h if shared else h[:num_text]
-        inner = layer.activation(apply(layer.gate, rows)) * apply(layer.up, rows)
-        x = add_rows(x, 0, apply(layer.down, inner))
+        activation = self.layer.module("activation")
+        inner = activation(self._apply("gate", rows)) * self._apply("up", rows)
+        x = add_rows(x, 0, self._apply("down", inner))
         if cut:
             rows = h[num_text:]
-            inner = layer.activation(self.cut_gate(rows)) * self.cut_up(rows)
+            inner = activation(self.cut_gate(rows)) * self.cut_up(rows)
             x = add_rows(x, num_text, self.cut_down(inner))
         return x
 
@@ -262,8 +268,8 @@ class LaneLayer:
 class LaneExecutor:
     """A decoder under a plan. Built once a patch; heads of the plan must be resolved to masks."""
 
-    def __init__(self, decoder: Decoder, plan: VisualPlan, backend: ModuleType):
-        self.decoder = decoder
+    def __init__(self, decoder: Decoder, plan: VisualPlan, backend: Backend):
+        self.decoder, self.plan = decoder, plan
         zero = plan.semantics == "zero"
         work = schedule(plan, decoder.num_heads, decoder.num_kv_heads, decoder.ffn_size)
         self.layers = [LaneLayer(layer, w, decoder, zero, backend) for layer, w in zip(decoder.layers, work)]
@@ -275,11 +281,14 @@ class LaneExecutor:
         return sum(lane.extra_bytes for lane in self.layers)
 
     def new_cache_layers(self, batch: int) -> list[LaneCacheLayer]:
-        book = Book(batch)
+        book = Book(batch, self.plan)
         return [LaneCacheLayer(book, leads=index == 0) for index in range(len(self.layers))]
 
     def adopt(self, keys_values: Sequence[tuple[torch.Tensor, torch.Tensor]], cache_layers) -> None:
-        """Fill new cache layers from a plain cache of text tokens: K and V (batch, kv_heads, slots, head_dim) a layer."""
+        """Fill new cache layers from a plain cache of text tokens.
+
+        keys_values: for each layer K and V, (batch, kv_heads, slots, head_dim).
+        """
         for lane, cached, (key, value) in zip(self.layers, cache_layers, keys_values):
             pair = [t.transpose(1, 2).repeat_interleave(lane.heads.expand, dim=2) for t in (key, value)]
             for store, units in ((cached.seen, lane.heads.seen), (cached.rest, lane.heads.rest)):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from .layout import LayoutError, VisualLayout
 
@@ -35,6 +36,12 @@ class Coordinates(NamedTuple):
     @property
     def is_visual(self) -> np.ndarray:
         return self.segment >= 0
+
+
+def on_device(table: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A host table as a tensor. Tables outlive the call, so none may be an inference tensor."""
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.ascontiguousarray(table)).to(device)
 
 
 def text_coordinates(sample: np.ndarray, column: np.ndarray, valid: np.ndarray) -> Coordinates:

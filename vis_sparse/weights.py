@@ -8,7 +8,7 @@ a real device (LoRA, quantised, offloaded, sharded) is called whole and its outp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -67,30 +67,34 @@ def unit_columns(units: Sequence[int], width: int) -> tuple[int, ...]:
 class CutLinear:
     """Linear layers side by side, cut to some outputs (`rows`, a list for each layer) or inputs (`columns`).
 
-    Called with x (n, in) it gives (n, sum of the layers' outputs); with `columns`, x holds those inputs only.
+    find(name) gives a layer's module; it is asked in every call, since adapters may replace modules. Called with
+    x (n, in) it gives (n, sum of the layers' outputs); with `columns`, x holds those inputs only.
     The cut weight is kept until a parameter changes (optimizer step, loading, moving), and is cut anew in every call
     while gradients are recorded, so that they reach the parameters.
     """
 
     def __init__(
         self,
-        modules: Sequence[nn.Module],
+        find: Callable[[str], nn.Module],
+        names: Sequence[str],
         rows: Sequence[Sequence[int]] | None = None,
         columns: Sequence[int] | None = None,
     ):
-        self._modules, self._rows, self._columns = tuple(modules), rows, columns
+        self._find, self._names, self._rows, self._columns = find, tuple(names), rows, columns
         self._key = None
         self._weight = self._bias = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if not all(map(is_plain, self._modules)):
-            return self._whole(x)
-        if torch.is_grad_enabled() and any(m.weight.requires_grad for m in self._modules):
-            return product(x, *self._cut())
-        key = tuple(_state(p) for m in self._modules for p in (m.weight, m.bias) if p is not None)
+        modules = [self._find(name) for name in self._names]
+        if not all(map(is_plain, modules)):
+            return self._whole(x, modules)
+        if torch.is_grad_enabled() and any(m.weight.requires_grad for m in modules):
+            return product(x, *self._cut(modules))
+        key = tuple(_state(p) for m in modules for p in (m.weight, m.bias) if p is not None)
         if key != self._key:
-            with torch.no_grad():
-                self._weight, self._bias = self._cut()
+            # a tensor made in inference mode could not serve a later call that records gradients
+            with torch.inference_mode(False), torch.no_grad():
+                self._weight, self._bias = self._cut(modules)
             self._key = key
         return product(x, self._weight, self._bias)
 
@@ -100,30 +104,30 @@ class CutLinear:
         if self._weight is None:
             return 0
         pieces = [t for t in (self._weight, self._bias) if t is not None]
-        owned = {m.weight.untyped_storage().data_ptr() for m in self._modules}
-        owned |= {m.bias.untyped_storage().data_ptr() for m in self._modules if m.bias is not None}
+        parameters = [p for name in self._names for p in self._find(name).parameters()]
+        owned = {p.untyped_storage().data_ptr() for p in parameters}
         return sum(t.numel() * t.element_size() for t in pieces if t.untyped_storage().data_ptr() not in owned)
 
-    def _cut(self):
+    def _cut(self, modules):
         if self._columns is not None:
-            (module,) = self._modules
+            (module,) = modules
             return select(module.weight, 1, self._columns), module.bias
-        weights = [select(m.weight, 0, rows) for m, rows in zip(self._modules, self._rows)]
-        biases = [m.bias for m in self._modules]
+        weights = [select(m.weight, 0, rows) for m, rows in zip(modules, self._rows)]
+        biases = [m.bias for m in modules]
         if all(bias is None for bias in biases):
             bias = None
         else:
-            filled = [m.weight.new_zeros(m.out_features) if m.bias is None else m.bias for m in self._modules]
+            filled = [m.weight.new_zeros(m.out_features) if m.bias is None else m.bias for m in modules]
             bias = _join([select(b, 0, rows) for b, rows in zip(filled, self._rows)])
         return _join(weights), bias
 
-    def _whole(self, x):
+    def _whole(self, x, modules):
         if self._columns is not None:
-            (module,) = self._modules
+            (module,) = modules
             full = x.new_zeros(x.shape[0], module.in_features)
             columns = torch.tensor(self._columns, device=x.device)
             return module(full.index_copy(1, columns, x))
-        return _join([select(m(x), 1, rows) for m, rows in zip(self._modules, self._rows)], dim=1)
+        return _join([select(m(x), 1, rows) for m, rows in zip(modules, self._rows)], dim=1)
 
 
 def _join(pieces: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from ..packing import Coordinates
+from ..packing import Coordinates, on_device
 from ..plan import Neighborhood
 
 # Cost of fetching one key row in units of one query-key pair: a row of K and V is copied (16 bytes a head_dim
@@ -52,9 +52,44 @@ class Mask:
     def bias(self, dtype: torch.dtype) -> torch.Tensor:
         """0 where read, -inf elsewhere: what scaled_dot_product_attention adds without converting it in every call."""
         if dtype not in self._bias:
-            zeros = torch.zeros(self.allowed.shape, dtype=dtype, device=self.allowed.device)
-            self._bias[dtype] = zeros.masked_fill_(~self.allowed, float("-inf"))
+            with torch.inference_mode(False):
+                zeros = torch.zeros(self.allowed.shape, dtype=dtype, device=self.allowed.device)
+                self._bias[dtype] = zeros.masked_fill_(~self.allowed, float("-inf"))
         return self._bias[dtype]
+
+
+class TextPattern:
+    """What the text queries of one call read: keys at or before them, visual ones not in blind heads.
+
+    query_columns: (batch, Q) column of the sequence of each query. slots: coordinates of the keys, (batch, S).
+    blind: for each query head, whether it must not read visual keys; None if all may.
+    """
+
+    def __init__(
+        self, query_columns: np.ndarray, slots: Coordinates, blind: tuple[bool, ...] | None, device: torch.device
+    ):
+        self.query_columns, self.slots, self.blind, self.device = query_columns, slots, blind, device
+
+    @cached_property
+    def is_causal(self) -> bool:
+        """Whether queries and keys are the same tokens in the same order, so that plain causal attention does."""
+        same = np.array_equal(self.query_columns, self.slots.column)
+        return same and self.query_columns.shape[1] > 1 and self.blind is None and bool(self.slots.valid.all())
+
+    @cached_property
+    def mask(self) -> Mask | None:
+        """(batch, 1 or heads, Q, S); None if every query reads every key."""
+        if not self.query_columns.size:
+            return None
+        seen = self.slots.valid & (self.slots.column <= self.query_columns.min(1, keepdims=True))
+        if self.blind is None and seen.all():
+            return None
+        allowed = self.slots.valid[:, None] & (self.slots.column[:, None] <= self.query_columns[:, :, None])
+        allowed = allowed[:, None]
+        if self.blind is not None:
+            hidden = np.array(self.blind)[None, :, None, None] & self.slots.is_visual[:, None, None, :]
+            allowed = allowed & ~hidden
+        return Mask(on_device(allowed, self.device))
 
 
 @dataclass(frozen=True)
@@ -92,7 +127,7 @@ class VisualPattern:
         """(num_visual, batch * slots)."""
         query = self.query.take(np.s_[:, None])
         key = Coordinates(*(array.reshape(1, -1) for array in self.slots))
-        return Mask(torch.from_numpy(visible(self.attention, query, key)).to(self.device))
+        return Mask(on_device(visible(self.attention, query, key), self.device))
 
     @cached_property
     def tiles(self) -> Tiles:
@@ -113,12 +148,11 @@ class VisualPattern:
         keys = keys._replace(valid=keys.valid & real).take(np.s_[:, None, :])
         mask = visible(self.attention, self.query.take(query).take(np.s_[:, :, None]), keys)
         in_order = np.array_equal(position, np.arange(query.size))
-        to = {"device": self.device}
         return Tiles(
-            torch.from_numpy(query).to(**to),
-            torch.from_numpy(key).to(**to),
-            Mask(torch.from_numpy(mask[:, None]).to(**to)),
-            None if in_order else torch.from_numpy(position).to(**to),
+            on_device(query, self.device),
+            on_device(key, self.device),
+            Mask(on_device(mask[:, None], self.device)),
+            None if in_order else on_device(position, self.device),
         )
 
     def _boxes(self) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -1,38 +1,21 @@
-"""Reference backend: dense masks over all pairs, softmax written out. Any dtype; what the other backends are held to."""
+"""Reference backend: dense masks over all pairs, softmax written out. Any dtype; the others are held to it."""
 
 from __future__ import annotations
 
 import torch
 
-from .patterns import Mask, VisualPattern
+from .patterns import TextPattern, VisualPattern
 
 
 def text_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: Mask | None,
-    causal: bool,
-    scale: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: TextPattern, scale: float
 ) -> torch.Tensor:
     """Attention of text queries.
 
-    query (batch, Q, heads, head_dim); key, value (batch, S, kv_heads, head_dim); mask broadcastable to (batch, heads,
-    Q, S), or None. causal (without mask): query i reads the keys up to S - Q + i.
-    Returns (batch, Q, heads, head_dim).
+    query (batch, Q, heads, head_dim); key, value (batch, S, kv_heads, head_dim). Returns the query's shape.
     """
-    allowed = None if mask is None else mask.allowed
-    if causal:
-        size = (query.shape[1], key.shape[1])
-        allowed = torch.ones(size, dtype=torch.bool, device=query.device).tril(size[1] - size[0])
-    groups = query.shape[2] // key.shape[2]
-    key, value = (t.repeat_interleave(groups, dim=2) for t in (key, value))
-    scores = torch.einsum("bqhd,bshd->bhqs", query, key) * scale
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, float("-inf"))
-    # a padding query may read nothing: its weights become 0, not NaN
-    weights = torch.softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=-1).nan_to_num(0.0)
-    return torch.einsum("bhqs,bshd->bqhd", weights.to(query.dtype), value)
+    allowed = None if pattern.mask is None else pattern.mask.allowed
+    return attention(query, key, value, allowed, scale)
 
 
 def visual_attention(
@@ -43,4 +26,16 @@ def visual_attention(
     query (num_visual, heads, head_dim); key, value (batch, slots, kv_heads, head_dim). Returns the query's shape.
     """
     flat_key, flat_value = (t.flatten(0, 1)[None] for t in (key, value))
-    return text_attention(query[None], flat_key, flat_value, pattern.dense_mask, False, scale)[0]
+    return attention(query[None], flat_key, flat_value, pattern.dense_mask.allowed, scale)[0]
+
+
+def attention(query, key, value, allowed: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """Softmax attention over the keys that `allowed` (bool, broadcastable to batch, heads, Q, S) lets through."""
+    groups = query.shape[2] // key.shape[2]
+    key, value = (t.repeat_interleave(groups, dim=2) for t in (key, value))
+    scores = torch.einsum("bqhd,bshd->bhqs", query, key) * scale
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    # a padding query may read nothing: its weights become 0, not NaN
+    weights = torch.softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=-1).nan_to_num(0.0)
+    return torch.einsum("bhqs,bshd->bqhd", weights.to(query.dtype), value)

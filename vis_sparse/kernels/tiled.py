@@ -5,18 +5,33 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from .patterns import Mask, VisualPattern
+from .patterns import Mask, TextPattern, VisualPattern
 
 
 def text_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: Mask | None,
-    causal: bool,
-    scale: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: TextPattern, scale: float
 ) -> torch.Tensor:
-    """As `reference.text_attention`; causal needs Q == S."""
+    """As `reference.text_attention`."""
+    causal = pattern.is_causal
+    return _attention(query, key, value, None if causal else pattern.mask, causal, scale)
+
+
+def visual_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: VisualPattern, scale: float
+) -> torch.Tensor:
+    """As `reference.visual_attention`: every tile of queries reads the key rows of its halo, in one call."""
+    tiles = pattern.tiles
+    queries = _rows(query, tiles.query)
+    keys, values = (_rows(t.flatten(0, 1), tiles.key) for t in (key, value))
+    out = _attention(queries, keys, values, tiles.mask, False, scale).flatten(0, 1)
+    return out if tiles.position is None else out.index_select(0, tiles.position)
+
+
+def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+def _attention(query, key, value, mask: Mask | None, causal: bool, scale: float) -> torch.Tensor:
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -27,18 +42,3 @@ def text_attention(
         enable_gqa=query.shape[2] != key.shape[2],
     )
     return out.transpose(1, 2)
-
-
-def visual_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: VisualPattern, scale: float
-) -> torch.Tensor:
-    """As `reference.visual_attention`: every tile of queries reads the key rows of its halo, in one call."""
-    tiles = pattern.tiles
-    queries = _rows(query, tiles.query)
-    keys, values = (_rows(t.flatten(0, 1), tiles.key) for t in (key, value))
-    out = text_attention(queries, keys, values, tiles.mask, False, scale).flatten(0, 1)
-    return out if tiles.position is None else out.index_select(0, tiles.position)
-
-
-def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return x.index_select(0, index.flatten()).unflatten(0, index.shape)

@@ -13,20 +13,21 @@ from ..kernels import get_backend
 from ..layout import VisualLayout
 from ..plan import PlanRecipe, VisualPlan
 from ..plan_yaml import as_plan
-from . import llava
 from .decoder import read_decoder
 from .errors import PatchError
+from .family import Family
+from .llava import FAMILY as LLAVA
 from .state import PatchState
 
-FAMILIES = (llava,)
+FAMILIES = (LLAVA,)
 
 
-def _family(model: nn.Module):
+def _family(model: nn.Module) -> Family:
     names = {cls.__name__ for cls in type(model).__mro__}
     for family in FAMILIES:
-        if names.intersection(family.CLASSES):
+        if names.intersection(family.classes):
             return family
-    supported = ", ".join(name for family in FAMILIES for name in family.CLASSES)
+    supported = ", ".join(name for family in FAMILIES for name in family.classes)
     raise PatchError(f"model: got {type(model).__name__}, expected one of {supported}")
 
 
@@ -57,7 +58,7 @@ def patch(
     if len(devices) > 1:
         raise PatchError(f"model: got a device map over {len(devices)} devices, expected a model on one device")
     decoder = read_decoder(outer.language_model)
-    name = family.AUTO_PLAN if isinstance(plan, str) and plan == "auto" else plan
+    name = family.auto_plan if isinstance(plan, str) and plan == "auto" else plan
     resolved = as_plan(name, len(decoder.layers))
     resolved.check_fits(len(decoder.layers), decoder.num_heads, decoder.ffn_size)
     resolved = resolve_heads(resolved, decoder.num_heads, decoder.num_kv_heads, heads)
@@ -66,7 +67,7 @@ def patch(
         kernels = get_backend(backend)
     except ValueError as error:
         raise PatchError(str(error)) from None
-    state = PatchState(family, outer, decoder, resolved, kernels, backend)
+    state = PatchState(family, outer, decoder, resolved, kernels)
     unpatch(model)
     state.install()
     return model
@@ -117,7 +118,7 @@ def inspect(model: nn.Module) -> dict | None:
         return None
     return {
         "plan": state.plan,
-        "backend": state.backend_name,
+        "backend": state.backend.name,
         "extra_bytes": state.executor.extra_bytes,
         "last_call": state.last,
     }

@@ -10,8 +10,8 @@ from torch import nn
 from ..lanes import Decoder, DecoderLayer
 from .errors import PatchError
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_FFN = ("gate_proj", "up_proj", "down_proj", "act_fn")
+_ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+_FFN = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj", "activation": "act_fn"}
 
 
 def read_decoder(text_model: nn.Module) -> Decoder:
@@ -43,19 +43,16 @@ def read_decoder(text_model: nn.Module) -> Decoder:
 
 def _read_layer(layer: nn.Module, name: str) -> DecoderLayer:
     attention, ffn = layer.self_attn, layer.mlp
-    missing = [part for part in _ATTENTION if not hasattr(attention, part)]
-    missing += [part for part in _FFN if not hasattr(ffn, part)]
-    extra = [part for part in ("q_norm", "k_norm") if hasattr(attention, part)]
+    missing = [place for place in _ATTENTION.values() if not hasattr(attention, place)]
+    missing += [place for place in _FFN.values() if not hasattr(ffn, place)]
+    extra = [place for place in ("q_norm", "k_norm") if hasattr(attention, place)]
     if missing or extra:
         found = f"without {', '.join(missing)}" if missing else f"with {', '.join(extra)}"
+        expected = ", ".join([*_ATTENTION.values(), *_FFN.values()])
         raise PatchError(
-            f"{name}: got a decoder layer {found}, expected exactly {', '.join(_ATTENTION + _FFN)} "
-            "as in Llama, Mistral or Qwen2"
+            f"{name}: got a decoder layer {found}, expected exactly {expected} as in Llama, Mistral or Qwen2"
         )
-    return DecoderLayer(
-        layer.input_layernorm,
-        *(getattr(attention, part) for part in _ATTENTION),
-        layer.post_attention_layernorm,
-        *(getattr(ffn, part) for part in _FFN),
-        attention.scaling,
-    )
+    parts = {"input_norm": (layer, "input_layernorm"), "post_norm": (layer, "post_attention_layernorm")}
+    parts |= {part: (attention, place) for part, place in _ATTENTION.items()}
+    parts |= {part: (ffn, place) for part, place in _FFN.items()}
+    return DecoderLayer(parts, attention.scaling)

@@ -6,9 +6,7 @@ import numpy as np
 from torch import nn
 
 from ..layout import LayoutError, VisualLayout
-
-CLASSES = ("LlavaForConditionalGeneration", "LlavaModel")
-AUTO_PLAN = "auto"
+from .family import Family
 
 
 def outer_model(model: nn.Module) -> nn.Module:
@@ -49,8 +47,11 @@ def _grid(outer: nn.Module, arguments: dict, pixel_values) -> tuple[int, int]:
     strategy = arguments.get("vision_feature_select_strategy") or outer.config.vision_feature_select_strategy
     if strategy != "default":
         raise LayoutError(
-            f"vision_feature_select_strategy: got {strategy!r}, expected 'default' (a class token has no place in the grid)"
+            f"vision_feature_select_strategy: got {strategy!r}, expected 'default' (class tokens lie in no grid)"
         )
     vision = outer.config.vision_config
     height, width = (vision.image_size,) * 2 if pixel_values is None else pixel_values.shape[-2:]
     return height // vision.patch_size, width // vision.patch_size
+
+
+FAMILY = Family(("LlavaForConditionalGeneration", "LlavaModel"), outer_model, read_layout)

@@ -6,7 +6,6 @@ import inspect
 import types
 import warnings
 from dataclasses import dataclass
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -16,11 +15,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..cache import LaneCacheLayer
 from ..call import Call
+from ..kernels import Backend
 from ..lanes import Decoder, LaneExecutor
 from ..layout import LayoutError, VisualLayout
 from ..packing import pack, text_coordinates
 from ..plan import VisualPlan
 from .errors import PatchError
+from .family import Family
 
 _KEPT_CALLS = 16
 
@@ -37,10 +38,8 @@ class LastCall:
 class PatchState:
     """Lives on the text model as `_vis_sparse`. Hooks on the outer model read the layout, `forward` uses it."""
 
-    def __init__(
-        self, family: ModuleType, outer: nn.Module, decoder: Decoder, plan: VisualPlan, backend: ModuleType, name: str
-    ):
-        self.family, self.outer, self.plan, self.backend_name = family, outer, plan, name
+    def __init__(self, family: Family, outer: nn.Module, decoder: Decoder, plan: VisualPlan, backend: Backend):
+        self.family, self.outer, self.plan, self.backend = family, outer, plan, backend
         self.text_model = outer.language_model
         self.executor = LaneExecutor(decoder, plan, backend)
         self.given: VisualLayout | None = None
@@ -158,6 +157,11 @@ class PatchState:
     def _cache_layers(self, cache, batch: int, past: int, mask: np.ndarray | None) -> list[LaneCacheLayer]:
         """The cache's lane layers; a plain cache becomes one, with its tokens as text."""
         if any(isinstance(layer, LaneCacheLayer) for layer in cache.layers):
+            if cache.layers[0].book.plan != self.plan:
+                raise PatchError(
+                    f"past_key_values: got a cache filled under plan {cache.layers[0].book.plan.name!r} with other "
+                    f"heads or layers, expected one filled under the model's plan {self.plan.name!r}"
+                )
             return cache.layers
         layers = self.executor.new_cache_layers(batch)
         if past:
@@ -199,7 +203,7 @@ def _host_mask(attention_mask, columns: int) -> np.ndarray | None:
         return None
     if attention_mask.shape[1] != columns:
         raise PatchError(
-            f"attention_mask: got {attention_mask.shape[1]} columns, expected {columns} (the cached ones and the call's)"
+            f"attention_mask: got {attention_mask.shape[1]} columns, expected {columns} (cached ones and the call's)"
         )
     mask = attention_mask.cpu().numpy().astype(bool)
     return None if mask.all() else mask
