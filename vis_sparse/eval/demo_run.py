@@ -41,9 +41,7 @@ def run_demo(num_questions: int, on_step: Callable[[int, int], None] = lambda do
     processor = AutoProcessor.from_pretrained(checkpoint())
     shape = shape_of(model)
     scores = checkpoint() / "heads.safetensors"
-    plans = {
-        name: resolve_heads(as_plan(name, shape.layers), shape.heads, shape.kv_heads, scores) for name in PLANS
-    }
+    plans = {name: resolve_heads(as_plan(name, shape.layers), shape.heads, shape.kv_heads, scores) for name in PLANS}
     variants = {DENSE: VisualPlan.dense(shape.layers), **plans, BLIND: VisualPlan.vtw(shape.layers, 0)}
     per_kind = max(1, num_questions // len(KINDS))
     asked = [question for kind in KINDS for question in questions(kind, per_kind)]

@@ -50,6 +50,46 @@ def layer_work(shape: ModelShape, plan: VisualPlan, layout: VisualLayout, text_t
 
 def _words(attention: str | Neighborhood) -> str:
     if not isinstance(attention, Neighborhood):
-        return "all before"
+        return "dense"
     side = 2 * attention.radius + 1
-    return f"{side} x {side}" + (", before" if attention.direction == "causal" else "")
+    return f"{side} x {side}" + (" before" if attention.direction == "causal" else "")
+
+
+def outline(cells: list[int], width: int) -> list[tuple[int, int, int, int]]:
+    """Border of a set of grid cells (raster indices in rows of `width`): unit edges (x0, y0, x1, y1)."""
+    inside = {(cell // width, cell % width) for cell in cells}
+    edges = []
+    for y, x in inside:
+        if (y - 1, x) not in inside:
+            edges.append((x, y, x + 1, y))
+        if (y + 1, x) not in inside:
+            edges.append((x, y + 1, x + 1, y + 1))
+        if (y, x - 1) not in inside:
+            edges.append((x, y, x, y + 1))
+        if (y, x + 1) not in inside:
+            edges.append((x + 1, y, x + 1, y + 1))
+    return sorted(edges)
+
+
+def runs_in_words(layers: list[dict]) -> str:
+    """A plan's layers in one line, equal ones together, like "0-3: 7 x 7 before; 4-5: frozen; 6-7: off"."""
+    parts = []
+    for first, words in enumerate(_layer_in_words(layer) for layer in layers):
+        if parts and parts[-1][2] == words:
+            parts[-1][1] = first
+        else:
+            parts.append([first, first, words])
+    return "; ".join(f"{first if first == last else f'{first}-{last}'}: {words}" for first, last, words in parts)
+
+
+def _layer_in_words(layer: dict) -> str:
+    if layer["share"] == 0:
+        return "off"
+    words = [layer["window"] if layer["seen"] else "no visual attention" if layer["ffn"] else "frozen"]
+    if layer["heads"] < 1:
+        words.append(f"{layer['heads']:.0%} of heads")
+    if 0 < layer["ffn"] < 1:
+        words.append(f"{layer['ffn']:.0%} of FFN")
+    if not layer["reads"]:
+        words.append("not read by text")
+    return ", ".join(words)

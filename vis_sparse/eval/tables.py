@@ -89,11 +89,16 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
+def three_digits(value: float) -> str:
+    """Three significant digits or all before the point, never an exponent: 1,234 or 12.3 or 1.23."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.{1 if value >= 10 else 2}f}"
+
+
 def seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+    return f"{three_digits(value)} s" if value >= 1 else f"{three_digits(value * 1e3)} ms"
 
 
 def span(times: list[float]) -> str:
     """Fastest to slowest, in the unit that `seconds` would give the fastest."""
     factor = 1 if times[0] >= 1 else 1e3
-    return f"{times[0] * factor:.3g}–{times[1] * factor:.3g}"
+    return "–".join(three_digits(time * factor) for time in times)

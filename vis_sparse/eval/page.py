@@ -1,0 +1,200 @@
+"""The demo's HTML page: one file, nothing loaded from anywhere, light and dark."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+from pathlib import Path
+
+from .layer_work import outline, runs_in_words
+from .tables import percent, span, three_digits
+
+CSS = Path(__file__).with_name("page.css")
+KIND_NAMES = {"easy_vqa": "easy-VQA", "place": "which digit where", "count": "how many", "exists": "is there one"}
+
+
+def page(results: dict) -> str:
+    """The whole page, as HTML text, from the demo's figures."""
+    sections = (_head(results), _accuracy(results), _cost(results), _layers(results), _examples(results), _how(results))
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n<title>vis_sparse demo</title>\n'
+        f"<style>\n{CSS.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(sections)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _head(results: dict) -> str:
+    dense, auto = results["plans"][:2]
+    asked = sum(results["questions"].values())
+    height, width = results["model"]["grid"]
+    facts = (
+        (f"{1 - auto['flops_visual'] / dense['flops_visual']:.0%}", "fewer FLOPs for visual tokens"),
+        (f"{1 - auto['kv_bytes'] / dense['kv_bytes']:.0%}", "less KV cache"),
+        (f"{auto['speedup']:.2f}×", "prefill speed of the decoder"),
+        (f"{auto['same_as_dense']:.1%}", "of the answers the same as dense"),
+    )
+    tiles = "".join(f"<div><dt>{what}</dt><dd>{value}</dd></div>" for value, what in facts)
+    return f"""<header>
+<p class="brand">vis_sparse demo</p>
+<h1>Every visual token stays.<br>Its computation need not.</h1>
+<p>A LLaVA of {results["model"]["parameters"] / 1e6:.1f} million parameters, {results["model"]["layers"]} decoder layers
+and {height} × {width} visual tokens answers {asked} held-out questions: unpatched (<b>dense</b>), and under three plans
+for what its visual tokens compute. No plan was trained for. Under <b>auto</b>, the default:</p>
+<dl class="facts">{tiles}</dl>
+</header>"""
+
+
+def _accuracy(results: dict) -> str:
+    kinds = list(results["questions"])
+    heads = "".join(f'<th scope="col">{KIND_NAMES.get(kind, kind)}</th>' for kind in kinds)
+    rows = [
+        _row(row["plan"], [percent(row["accuracy"][kind]) for kind in kinds] + [percent(row["same_as_dense"])])
+        for row in results["plans"]
+    ]
+    rows.append(_row("blind", [percent(results["blind"][kind]) for kind in kinds] + [""], "quiet"))
+    counts = ", ".join(f"{count} of “{KIND_NAMES.get(kind, kind)}”" for kind, count in results["questions"].items())
+    return f"""<section aria-labelledby="accuracy"><h2 id="accuracy">Answers</h2>
+<table><caption>Questions answered exactly, in percent; last, the same answer as dense</caption>
+<thead><tr><th scope="col">plan</th>{heads}<th scope="col">same as dense</th></tr></thead>
+<tbody>{"".join(rows)}</tbody></table>
+<p class="note">{counts}. With so few, one standard error is up to {_largest_error(results):.1f} points.
+<b>blind</b> is the same model when text reads no visual token: a score near it says nothing about seeing.</p>
+</section>"""
+
+
+def _largest_error(results: dict) -> float:
+    """Standard error of a share, in points, the largest over the table."""
+    return max(
+        100 * math.sqrt(row["accuracy"][kind] * (1 - row["accuracy"][kind]) / count)
+        for row in results["plans"]
+        for kind, count in results["questions"].items()
+    )
+
+
+def _cost(results: dict) -> str:
+    dense = results["plans"][0]
+    quantities = (
+        ("visual MFLOPs", "flops_visual", 1e6),
+        ("all MFLOPs", "flops", 1e6),
+        ("KV cache, KiB", "kv_bytes", 2**10),
+        ("prefill, ms", "prefill_s", 1e-3),
+    )
+    heads = "".join(f'<th scope="col">{name}</th>' for name, _, _ in quantities)
+    rows = []
+    for row in results["plans"]:
+        cells = [_bar(three_digits(row[key] / unit), row[key] / dense[key]) for _, key, unit in quantities]
+        rows.append(_row(row["plan"], [*cells, f"{row['speedup']:.2f}×"], raw=True))
+    timed = results["timed"]
+    spans = ", ".join(f"{row['plan']} {span(row['prefill_spread_s'])} ms" for row in results["plans"])
+    return f"""<section aria-labelledby="cost"><h2 id="cost">Cost of one question</h2>
+<table><caption>Decoder prefill; bars against dense</caption>
+<thead><tr><th scope="col">plan</th>{heads}<th scope="col">speed-up</th></tr></thead>
+<tbody>{"".join(rows)}</tbody></table>
+<p class="note">Time: a batch of {timed["batch"]} questions of {timed["text_tokens"]} text tokens, plans in turns,
+median of {timed["repeats"]} rounds, divided by the batch. Fastest to slowest round: {spans}. A model this small spends
+much of its time on other things than arithmetic; <code>vis-sparse bench</code> times full widths.</p>
+</section>"""
+
+
+def _layers(results: dict) -> str:
+    height, width = results["model"]["grid"]
+    image = results["examples"][1]["image_png"]
+    shares = sorted({layer["share"] for row in results["plans"] for layer in row["layers"]})
+    masks = "".join(_mask(index, share, height, width) for index, share in enumerate(shares))
+    columns = "".join(f'<th scope="col"><span>layer</span> {i}</th>' for i in range(results["model"]["layers"]))
+    bodies = []
+    for row in results["plans"]:
+        total = row["flops_visual"] / results["plans"][0]["flops_visual"]
+        tiles = "".join(
+            f"<td>{_tile(layer, shares.index(layer['share']), height, width)}<span>{layer['share']:.0%}</span></td>"
+            for layer in row["layers"]
+        )
+        bodies.append(
+            f'<tbody><tr><th scope="rowgroup" colspan="{len(row["layers"])}">{escape(row["plan"])} '
+            f"<span>{total:.0%} of the visual work. Layers {escape(runs_in_words(row['layers']))}</span></th></tr>"
+            f"<tr>{tiles}</tr></tbody>"
+        )
+    return f"""<section aria-labelledby="layers"><h2 id="layers">What each layer still computes</h2>
+<p class="note">One square is one visual token, its area the share of the dense layer's work that is done for it. The
+line encloses what the marked token attends to among visual tokens. Empty: the layer neither reads nor changes visual
+tokens, nothing is dispatched for them.</p>
+<svg width="0" height="0" aria-hidden="true" class="defs"><defs>
+<image id="picture" width="{width}" height="{height}" href="data:image/png;base64,{image}"/>{masks}</defs></svg>
+<table class="layers"><caption class="hidden">Share of the dense layer's visual work, by plan and layer</caption>
+<thead><tr>{columns}</tr></thead>{"".join(bodies)}</table>
+</section>"""
+
+
+def _mask(index: int, share: float, height: int, width: int) -> str:
+    side = math.sqrt(share)
+    corner = (1 - side) / 2
+    return (
+        f'<pattern id="p{index}" width="1" height="1" patternUnits="userSpaceOnUse">'
+        f'<rect x="{corner:.3f}" y="{corner:.3f}" width="{side:.3f}" height="{side:.3f}" fill="#fff"/></pattern>'
+        f'<mask id="m{index}"><rect width="{width}" height="{height}" fill="url(#p{index})"/></mask>'
+    )
+
+
+def _tile(layer: dict, mask: int, height: int, width: int) -> str:
+    frame = f'viewBox="-.3 -.3 {width + 0.6} {height + 0.6}" role="img"'
+    label = escape(_label(layer))
+    if layer["share"] == 0:
+        return f'<svg {frame} aria-label="{label}"><rect class="off" width="{width}" height="{height}"/></svg>'
+    seen = ""
+    if layer["seen"]:
+        path = "".join(f"M{x0} {y0}L{x1} {y1}" for x0, y0, x1, y1 in outline(layer["seen"], width))
+        seen = f'<path d="{path}"/><rect class="query" x="{width // 2}" y="{height // 2}" width="1" height="1"/>'
+    return (
+        f'<svg {frame} aria-label="{label}"><rect class="back" width="{width}" height="{height}"/>'
+        f'<use href="#picture" mask="url(#m{mask})"/>{seen}</svg>'
+    )
+
+
+def _label(layer: dict) -> str:
+    return f"{runs_in_words([layer]).removeprefix('0: ')}; {layer['share']:.0%} of the work"
+
+
+def _examples(results: dict) -> str:
+    cards = []
+    for example in results["examples"]:
+        rows = [
+            f'<tr class="{"right" if words == example["answer"] else "wrong"}{" quiet" if plan == "blind" else ""}">'
+            f'<th scope="row">{escape(plan)}</th><td>{escape(words) or "–"}</td>'
+            f"<td>{'right' if words == example['answer'] else 'wrong'}</td></tr>"
+            for plan, words in example["given"].items()
+        ]
+        cards.append(
+            f'<article><img src="data:image/png;base64,{example["image_png"]}" width="96" height="96" '
+            f'alt="Held-out image, {KIND_NAMES.get(example["kind"], example["kind"])}">'
+            f'<h3>{escape(example["question"])}</h3><table><caption class="hidden">Answers</caption>'
+            '<thead class="hidden"><tr><th scope="col">plan</th><th scope="col">answer</th><th scope="col">is</th></tr>'
+            f"</thead><tbody>{''.join(rows)}</tbody></table></article>"
+        )
+    return f"""<section aria-labelledby="examples"><h2 id="examples">The first question of each kind</h2>
+<div class="cards">{"".join(cards)}</div>
+</section>"""
+
+
+def _how(results: dict) -> str:
+    machine, versions = results["machine"], results["versions"]
+    plans = "".join(f"<dt>{escape(row['plan'])}</dt><dd>{escape(row['about'])}</dd>" for row in results["plans"])
+    return f"""<section aria-labelledby="how"><h2 id="how">How this was made</h2>
+<dl class="plans">{plans}</dl>
+<p class="note"><code>vis-sparse demo --questions {sum(results["questions"].values())}</code> on {results["date"][:10]};
+{escape(machine["cpu"])}, {machine["threads"]} threads, device {escape(machine["device"])}; vis_sparse
+{versions["vis_sparse"]}, torch {versions["torch"]}, transformers {versions["transformers"]},
+Python {versions["python"]}. FLOPs count a multiply-add as two; “all” adds the text tokens; vision tower, projector and
+LM head are the same under every plan and left out, of the time too.</p>
+</section>"""
+
+
+def _row(name: str, cells: list[str], css: str = "", raw: bool = False) -> str:
+    columns = "".join(f"<td>{cell if raw else escape(cell)}</td>" for cell in cells)
+    return f'<tr{f" class={css}" if css else ""}><th scope="row">{escape(name)}</th>{columns}</tr>'
+
+
+def _bar(text: str, share: float) -> str:
+    return f'{escape(text)}<i class="bar"><i style="width:{100 * min(share, 1):.1f}%"></i></i>'
