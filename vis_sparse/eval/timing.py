@@ -12,10 +12,6 @@ from importlib.metadata import version
 
 import torch
 
-# Patching may leave work to the first call (tables that depend on the layout). Where a call takes longer than this,
-# that work does not show, and a second warm-up in every turn would only double the waiting.
-WARM_EVERY_TURN_BELOW = 0.5
-
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
     """Seconds that `call` takes, with everything it queued on `device` finished."""
