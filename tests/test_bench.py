@@ -148,3 +148,12 @@ def test_command_writes_one_object_for_one_plan_and_a_list_for_several(tmp_path)
         assert done.exit_code == 0, done.output
         assert isinstance(json.loads(file.read_text()), kind)
         assert "unpatched" in done.output and "dense plan" in done.output
+
+
+def test_command_refuses_unknown_dtypes_and_devices():
+    app = typer.Typer()
+    app.command()(bench_command)
+    for option, value in (("--dtype", "int4"), ("--device", "abacus")):
+        done = CliRunner().invoke(app, [option, value])
+        assert done.exit_code == 2
+        assert value in done.output and "expected" in done.output

@@ -95,11 +95,20 @@ def bench_command(
     The unpatched model, the dense plan and each plan run in turns. Timed is the decoder on input embeddings. The JSON
     is one object for one plan, a list of objects for several.
     """
+    import torch
+
     from .progress import progress
     from .tables import draw_bench
 
     if dtype not in DTYPES:
         raise typer.BadParameter(f"got {dtype!r}, expected one of {', '.join(DTYPES)}", param_hint="--dtype")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise typer.BadParameter(
+            f"got {device!r}, expected a device of torch ({reason})", param_hint="--device"
+        ) from None
     names = list(dict.fromkeys(name.strip() for name in plan.split(",")))
     with progress("timing in turns") as on_turn:
         results = bench(

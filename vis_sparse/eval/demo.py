@@ -19,9 +19,13 @@ def demo_command(
 
     Needs the `demo` extra (pip install "vis_sparse[demo]"), and no network.
     """
-    from .demo_run import run_demo
-    from .page import page
-    from .picture import picture
+    try:
+        from .demo_run import run_demo
+        from .page import page
+        from .picture import picture
+    except ModuleNotFoundError as error:
+        typer.echo(f"vis-sparse: demo: {error.name} is missing, expected pip install 'vis_sparse[demo]'", err=True)
+        raise typer.Exit(2) from None
     from .progress import progress
     from .tables import draw_demo
 
