@@ -96,6 +96,12 @@ def test_nominal_counts_do_not_know_the_semantics():
     assert costs[0].decode is None
 
 
+def test_a_layer_without_active_heads_reads_nothing():
+    layers = (LayerPlan(), LayerPlan(), LayerPlan(heads=(False,) * 6), LayerPlan(heads=(False,) * 6))
+    cost = flops(SMALL, VisualPlan(layers), layout=LAYOUT, text_tokens=TEXT, convention="paper").prefill
+    assert [layer.total > 0 for layer in cost.layers] == [True, True, False, False]
+
+
 def brute_pairs(near, frames, height, width):
     """Query-key pairs by walking the grid, from the definition in words."""
     places = [(t, y, x) for t in range(frames) for y in range(height) for x in range(width)]
@@ -314,6 +320,10 @@ def test_kv_cache_bytes():
     # grouped KV heads: 4 of 28, and the first 4 query heads of yopo-12 share one
     per_head = 1296 * 2 * 128 * 2
     assert flops("qwen2-vl-7b", "yopo-12").kv_visual_bytes == (2 * 4 + 12 * 1) * per_head
+    # keys that only visual tokens of later images read are kept too
+    silent = VisualPlan((LayerPlan(), LayerPlan(text_reads=False), LayerPlan(), LayerPlan.off()))
+    cost = flops(SMALL, silent, layout=LAYOUT, text_tokens=TEXT)
+    assert cost.kv_visual_bytes == LAYOUT.num_visual * 3 * (2 * 3 * 8 * 2)
     # the official code keeps every visual key
     zero = VisualPlan.yopo(32, layer_cut=16, semantics="zero")
     assert flops("llava-1.5-7b", zero).kv_bytes == dense.kv_bytes

@@ -94,6 +94,11 @@ def test_scores_keep_the_highest_and_ties_go_to_the_lower_head(tmp_path):
     assert kept(resolve_heads(BUDGETS, 4, 4, tmp_path / "scores.safetensors")) == [[1, 3], [0]]
 
 
+def test_a_tie_of_many_heads_goes_to_the_first_of_them():
+    plan = VisualPlan((LayerPlan(heads=HeadBudget(5)),))
+    assert kept(resolve_heads(plan, 64, 64, np.ones((1, 64)))) == [[0, 1, 2, 3, 4]]
+
+
 def test_scores_leave_layers_without_a_budget_alone():
     plan = VisualPlan((LayerPlan(), LayerPlan(heads=HeadBudget(1))))
     resolved = resolve_heads(plan, 4, 4, np.eye(4)[:2])

@@ -171,9 +171,9 @@ def test_text_that_is_no_yaml_is_refused_in_one_line():
         ("50%-", 5, [3, 4]),
         ("-50%", 5, [0, 1, 2]),
         ("50%-50%", 8, []),
-        # 7/32 is 21.875 %, however the division rounds; 10 % of 30 is layer 3
+        # 7/32 is 21.875 %; 0.07 * 100 is a little above 7, and still layer 7
         ("21.875%-25%", 32, [7]),
-        ("10%-20%", 30, [3, 4, 5]),
+        ("7%-9%", 100, [7, 8]),
     ],
 )
 def test_ranges_of_layers(spec, num_layers, layers):
@@ -233,7 +233,9 @@ def test_budgets_round_half_up(keep, count):
     assert HeadBudget(keep).count(8) == count
 
 
-@pytest.mark.parametrize(("ffn", "size", "count"), [(1 / 3, 99, 33), (1 / 3, 11008, 3669), (0.25, 13, 3), (1, 7, 7)])
+@pytest.mark.parametrize(
+    ("ffn", "size", "count"), [(1 / 3, 99, 33), (1 / 3, 11008, 3669), (0.25, 13, 3), (1 / 49, 49, 1)]
+)
 def test_an_ffn_share_is_the_official_codes_first_neurons(ffn, size, count):
     assert LayerPlan(ffn=ffn).neurons(size) == count
 
