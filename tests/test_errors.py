@@ -160,7 +160,7 @@ def test_image_tokens_that_fit_no_grid(patched):
         ids = batch.input_ids.clone()
         ids[0, -1] = IMAGE_TOKEN
         call = dict(input_ids=ids, pixel_values=batch.pixel_values)
-        refuses(LayoutError, ["input_ids", "got 1 image tokens", "multiple of 16"], lambda: patched(**call))
+        refuses(LayoutError, ["input_ids", "got 17 image tokens", "multiple of 16"], lambda: patched(**call))
 
     check_works_after(patched, refused)
 

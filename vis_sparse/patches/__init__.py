@@ -1,4 +1,4 @@
-"""Patching: one verb for every family. A family is one short module here; see `llava` for what it must offer."""
+"""Patching: one verb for every family. A family is one short module here; `docs/new_family.md` shows how to add one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from ..plan_yaml import as_plan
 from .decoder import read_decoder
 from .errors import PatchError
 from .family import Family
-from .llava import FAMILY as LLAVA
+from .llava import LLAVA, VIP_LLAVA
+from .qwen_vl import QWEN2_VL
 from .state import PatchState
 
-FAMILIES = (LLAVA,)
+FAMILIES = (LLAVA, VIP_LLAVA, QWEN2_VL)
 
 
 def _family(model: nn.Module) -> Family:
@@ -32,8 +33,8 @@ def _family(model: nn.Module) -> Family:
 
 
 def _state(model: nn.Module) -> PatchState | None:
-    text_model = getattr(_family(model).outer_model(model), "language_model", None)
-    return getattr(text_model, "_vis_sparse", None)
+    family = _family(model)
+    return getattr(family.text_model(family.outer_model(model)), "_vis_sparse", None)
 
 
 def patch(
@@ -57,7 +58,7 @@ def patch(
     devices = set((getattr(model, "hf_device_map", None) or {"": 0}).values())
     if len(devices) > 1:
         raise PatchError(f"model: got a device map over {len(devices)} devices, expected a model on one device")
-    decoder = read_decoder(outer.language_model)
+    decoder = read_decoder(family.text_model(outer))
     name = family.auto_plan if isinstance(plan, str) and plan == "auto" else plan
     resolved = as_plan(name, len(decoder.layers))
     resolved.check_fits(len(decoder.layers), decoder.num_heads, decoder.ffn_size)

@@ -1,57 +1,34 @@
-"""LLaVA-1.5 in transformers: where its decoder is and where its images lie."""
+"""LLaVA-1.5 and VipLlava in transformers: every image becomes the same grid."""
 
 from __future__ import annotations
 
-import numpy as np
 from torch import nn
 
-from ..layout import LayoutError, VisualLayout
-from .family import Family
+from ..layout import LayoutError
+from .placeholders import Grid, Visual, family
 
 
-def outer_model(model: nn.Module) -> nn.Module:
-    """The module whose arguments tell the layout; it holds the text model as `language_model`."""
-    return getattr(model, "model", model)
-
-
-def read_layout(outer: nn.Module, arguments: dict, past: int) -> VisualLayout | None:
-    """The layout of a call of the outer model, from `input_ids` against the image token; None if it cannot be told.
-
-    past: columns in the KV cache before the call. Raises LayoutError if the image tokens are no whole grids.
-    """
-    input_ids = arguments.get("input_ids")
-    if input_ids is None:
-        return None
-    # `generate` runs the vision tower beforehand and hands its output over instead of the pixels
-    encoded = (arguments.get("mm_encoder_outputs") or {}).get("image")
-    pixel_values = arguments.get("pixel_values")
-    if pixel_values is None and encoded is None:
-        return VisualLayout(input_ids.shape[0])
-    grid = _grid(outer, arguments, pixel_values)
-    size = grid[0] * grid[1]
-    samples = []
-    for index, row in enumerate((input_ids == outer.config.image_token_id).cpu().numpy()):
-        starts = []
-        for run in np.split(np.flatnonzero(row), np.flatnonzero(np.diff(np.flatnonzero(row)) != 1) + 1):
-            if len(run) % size:
-                raise LayoutError(
-                    f"input_ids: sample {index}: got {len(run)} image tokens in a row, expected a multiple of "
-                    f"{size} ({grid[0]}x{grid[1]} tokens an image)"
-                )
-            starts += [int(start) for start in run[::size]]
-        samples.append([(start + past, (1, *grid)) for start in starts])
-    return VisualLayout.from_grids(samples)
-
-
-def _grid(outer: nn.Module, arguments: dict, pixel_values) -> tuple[int, int]:
+def check_strategy(outer: nn.Module, arguments: dict) -> None:
+    """Raises LayoutError if the class token of the vision tower is kept: it lies in no grid."""
     strategy = arguments.get("vision_feature_select_strategy") or outer.config.vision_feature_select_strategy
     if strategy != "default":
         raise LayoutError(
             f"vision_feature_select_strategy: got {strategy!r}, expected 'default' (class tokens lie in no grid)"
         )
-    vision = outer.config.vision_config
-    height, width = (vision.image_size,) * 2 if pixel_values is None else pixel_values.shape[-2:]
-    return height // vision.patch_size, width // vision.patch_size
 
 
-FAMILY = Family(("LlavaForConditionalGeneration", "LlavaModel"), outer_model, read_layout)
+def _llava_grids(outer: nn.Module, arguments: dict) -> list[Grid]:
+    check_strategy(outer, arguments)
+    return _vip_grids(outer, arguments)
+
+
+def _vip_grids(outer: nn.Module, arguments: dict) -> list[Grid]:
+    # pixel_values (images, channels, height, width)
+    pixels, patch = arguments["pixel_values"], outer.config.vision_config.patch_size
+    height, width = pixels.shape[-2:]
+    return [(1, height // patch, width // patch)] * len(pixels)
+
+
+LLAVA = family("LlavaForConditionalGeneration", "LlavaModel", image=Visual("pixel_values", _llava_grids))
+# always without the class token
+VIP_LLAVA = family("VipLlavaForConditionalGeneration", "VipLlavaModel", image=Visual("pixel_values", _vip_grids))

@@ -40,43 +40,50 @@ class PatchState:
 
     def __init__(self, family: Family, outer: nn.Module, decoder: Decoder, plan: VisualPlan, backend: Backend):
         self.family, self.outer, self.plan, self.backend = family, outer, plan, backend
-        self.text_model = outer.language_model
+        self.text_model = family.text_model(outer)
         self.executor = LaneExecutor(decoder, plan, backend)
         self.given: VisualLayout | None = None
         self.last: LastCall | None = None
-        self._layout: VisualLayout | None = None
+        self.layout: VisualLayout | None = None  # of the running call of the outer model
         self._calls: dict = {}
         self._warned = False
         self._signature = inspect.signature(type(outer).forward)
 
     def install(self) -> None:
         text_model = self.text_model
-        self._previous_forward = vars(text_model).get("forward")
         self._plain_forward = text_model.forward
         text_model._vis_sparse = self
-        text_model.forward = types.MethodType(_forward, text_model)
+        self._replaced: list[tuple[nn.Module, str, object]] = []
+        self._replace(text_model, "forward", _forward)
+        for name, wrap in self.family.methods.items():
+            self._replace(self.outer, name, wrap(getattr(type(self.outer), name)))
         self._handles = [
             self.outer.register_forward_pre_hook(self._before, with_kwargs=True),
             self.outer.register_forward_hook(self._after, always_call=True),
         ]
 
+    def _replace(self, module: nn.Module, name: str, function) -> None:
+        self._replaced.append((module, name, vars(module).get(name)))
+        setattr(module, name, types.MethodType(function, module))
+
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         del self.text_model._vis_sparse
-        if self._previous_forward is None:
-            del self.text_model.forward
-        else:
-            self.text_model.forward = self._previous_forward
+        for module, name, previous in self._replaced:
+            if previous is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, previous)
 
     def _before(self, outer, args, kwargs):
         arguments = self._signature.bind_partial(outer, *args, **kwargs).arguments
         arguments.update(arguments.pop("kwargs", {}))
         past = arguments.get("past_key_values")
-        self._layout = self.family.read_layout(outer, arguments, 0 if past is None else past.get_seq_length())
+        self.layout = self.family.read_layout(outer, arguments, 0 if past is None else past.get_seq_length())
 
     def _after(self, outer, args, output):
-        self._layout = None
+        self.layout = None
 
     def forward(
         self,
@@ -123,6 +130,8 @@ class PatchState:
         call = self._call(layout, length, past, mask, layers, inputs_embeds.device)
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
+        if position_ids.dim() == 3:
+            position_ids = position_ids[-3:]  # of M-RoPE; a plane of text positions may lie before them
         cos, sin = self.executor.decoder.rotary(inputs_embeds, position_ids=position_ids)
         wants_hidden = kwargs.get("output_hidden_states")
         wants_hidden = config.output_hidden_states if wants_hidden is None else wants_hidden
@@ -138,7 +147,7 @@ class PatchState:
         return output.to_tuple() if kwargs.get("return_dict") is False else output
 
     def _call_layout(self, batch: int, length: int, past: int, without_ids: bool) -> VisualLayout:
-        layout = self._layout
+        layout = self.layout
         if self.given is not None:
             layout = self.given.expanded(batch)
         if layout is None:

@@ -1,0 +1,45 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: grids of any shape, merged from patches."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .placeholders import Grid, Visual, family
+
+
+def _merged(outer: nn.Module, grid_thw) -> list[Grid]:
+    merge = outer.config.vision_config.spatial_merge_size
+    return [(frames, height // merge, width // merge) for frames, height, width in grid_thw.tolist()]
+
+
+def _image_grids(outer: nn.Module, arguments: dict) -> list[Grid]:
+    # image_grid_thw (images, 3), in patches
+    return _merged(outer, arguments["image_grid_thw"])
+
+
+def _video_grids(outer: nn.Module, arguments: dict) -> list[Grid]:
+    # video_grid_thw (videos, 3), in patches; all frames in a row
+    return _merged(outer, arguments["video_grid_thw"])
+
+
+def _frame_grids(outer: nn.Module, arguments: dict) -> list[Grid]:
+    # a timestamp before each frame
+    return [(1, *grid[1:]) for grid in _video_grids(outer, arguments) for _ in range(grid[0])]
+
+
+_IMAGE = Visual("pixel_values", _image_grids)
+
+QWEN2_VL = family(
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2VLModel",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen2_5_VLModel",
+    image=_IMAGE,
+    video=Visual("pixel_values_videos", _video_grids),
+)
+QWEN3_VL = family(
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLModel",
+    image=_IMAGE,
+    video=Visual("pixel_values_videos", _frame_grids),
+)
