@@ -5,11 +5,13 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from vis_sparse.cli import app
 from vis_sparse.cli_options import bar, human
 from vis_sparse.cost import flops
+from vis_sparse.patches.errors import PatchError
 from vis_sparse.plan_yaml import plan_names
 
 runner = CliRunner()
@@ -33,13 +35,23 @@ def rows(text, first):
     return [line.split() for line in text.splitlines() if line.split()[:1] and line.split()[0] in first]
 
 
-@pytest.mark.parametrize("command", [("flops",), ("plan", "list"), ("plan", "show")])
-def test_every_command_has_help_with_an_example_that_runs(command):
+def example_of(*command):
+    """The words after `vis-sparse` of the example in a command's help."""
     help_text = " ".join(run(*command, "--help").stdout.split())
     assert "--json" in help_text
-    example = help_text.split("Example: vis-sparse ")[1].split()
+    return help_text.split("Example: vis-sparse ")[1].split()
+
+
+@pytest.mark.parametrize("command", [("flops",), ("plan", "list"), ("plan", "show")])
+def test_help_shows_an_example_that_runs(command):
+    example = example_of(*command)
     assert tuple(example[: len(command)]) == command
     assert run(*example).exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["bench", "demo"])
+def test_help_of_the_commands_that_run_models(command):
+    assert example_of(command)[0] == command
 
 
 def test_help_needs_no_torch():
@@ -167,6 +179,24 @@ def test_a_broken_plan_file_is_one_line_too(tmp_path):
     result = run("plan", "show", path)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert result.stderr.startswith(f"vis-sparse: {path}: not YAML: ")
+
+
+@pytest.mark.parametrize(("error", "exit_code"), [(PatchError("two\nlines"), 2), (ValueError("a bug"), 1)])
+def test_errors_of_patching_are_one_line_and_bugs_are_not_hidden(error, exit_code):
+    program = typer.Typer(cls=type(typer.main.get_command(app)))
+
+    @program.command()
+    def fails():
+        raise error
+
+    @program.command()
+    def other():
+        pass
+
+    result = runner.invoke(program, ["fails"])
+    assert result.exit_code == exit_code
+    assert result.stderr == ("vis-sparse: two lines\n" if exit_code == 2 else "")
+    assert (result.exception is error) == (exit_code == 1)
 
 
 @pytest.mark.parametrize(

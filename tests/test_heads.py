@@ -96,7 +96,8 @@ def test_scores_keep_the_highest_and_ties_go_to_the_lower_head(tmp_path):
 
 def test_a_tie_of_many_heads_goes_to_the_first_of_them():
     plan = VisualPlan((LayerPlan(heads=HeadBudget(5)),))
-    assert kept(resolve_heads(plan, 64, 64, np.ones((1, 64)))) == [[0, 1, 2, 3, 4]]
+    scores = np.tile([0.5, 1.0, 0.25], 64)[None]
+    assert kept(resolve_heads(plan, 192, 192, scores)) == [[1, 4, 7, 10, 13]]
 
 
 def test_scores_leave_layers_without_a_budget_alone():

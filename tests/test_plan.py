@@ -234,7 +234,8 @@ def test_budgets_round_half_up(keep, count):
 
 
 @pytest.mark.parametrize(
-    ("ffn", "size", "count"), [(1 / 3, 99, 33), (1 / 3, 11008, 3669), (0.25, 13, 3), (1 / 49, 49, 1)]
+    ("ffn", "size", "count"),
+    [(1 / 3, 99, 33), (1 / 3, 11008, 3669), (0.25, 13, 3), (1 / 49, 49, 1)],
 )
 def test_an_ffn_share_is_the_official_codes_first_neurons(ffn, size, count):
     assert LayerPlan(ffn=ffn).neurons(size) == count

@@ -6,11 +6,15 @@ A command is a function in a module of its own that imports torch and transforme
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import typer
 from typer.core import TyperGroup
 
 from .cli_flops import flops_command
 from .cli_plan import plan_app
+from .eval.bench import bench_command
+from .eval.demo import demo_command
 from .layout import LayoutError
 from .plan import PlanError
 from .shapes import ShapeError
@@ -23,8 +27,18 @@ class _OneLineErrors(TyperGroup):
         try:
             return super().invoke(ctx)
         except (PlanError, LayoutError, ShapeError) as error:
-            typer.echo(f"vis-sparse: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(2) from None
+            _refuse(error)
+        except ValueError as error:
+            from .patches.errors import PatchError  # torch comes with it, so not for the errors above
+
+            if not isinstance(error, PatchError):
+                raise
+            _refuse(error)
+
+
+def _refuse(error: ValueError) -> NoReturn:
+    typer.echo(f"vis-sparse: {' '.join(str(error).split())}", err=True)
+    raise typer.Exit(2) from None
 
 
 app = typer.Typer(
@@ -35,3 +49,5 @@ app = typer.Typer(
 )
 app.add_typer(plan_app, name="plan")
 app.command("flops", epilog="Example: vis-sparse flops --model llava-1.5-7b --plan dense,auto,yopo-12")(flops_command)
+app.command("bench", epilog="Example: vis-sparse bench --model llava-1.5-7b --layers 2 --plan yopo-12")(bench_command)
+app.command("demo", epilog="Example: vis-sparse demo --questions 100")(demo_command)
