@@ -139,10 +139,13 @@ def default_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def hidden_states(text, plan, layout, embeds, attention_mask=None, position_ids=None) -> list[torch.Tensor]:
+def hidden_states(
+    text, plan, layout, embeds, attention_mask=None, position_ids=None, added=()
+) -> list[torch.Tensor]:
     """[inputs, output of layer 0, ..., output of the last layer after the final norm], each (batch, length, width).
 
     text: an unpatched transformers text model of the Llama kind. attention_mask: (batch, length), 1 = real token.
+    added: for each of the first layers, what is added to its output at visual tokens (DeepStack), in sequence order.
     """
     if attention_mask is None:
         attention_mask = torch.ones(embeds.shape[:2], dtype=torch.long)
@@ -152,18 +155,20 @@ def hidden_states(text, plan, layout, embeds, attention_mask=None, position_ids=
     grid, real = grid_of(layout, x.shape[1]), attention_mask.bool()
     rotary = text.rotary_emb(x, position_ids)
     states = [x]
-    for layer, module in zip(plan.layers, text.layers, strict=True):
+    for index, (layer, module) in enumerate(zip(plan.layers, text.layers, strict=True)):
         x = x + attention(plan, layer, module.self_attn, norm(module.input_layernorm, x), rotary, grid, real)
         x = x + ffn(layer, module.mlp, norm(module.post_attention_layernorm, x), grid)
+        if index < len(added):
+            x = x.masked_scatter(grid.visual[..., None], x[grid.visual] + added[index].double())
         states.append(x)
     states[-1] = norm(text.norm, x)
     return states
 
 
-def logits(model, plan, layout, embeds, attention_mask=None, position_ids=None) -> torch.Tensor:
+def logits(model, plan, layout, embeds, attention_mask=None, position_ids=None, added=()) -> torch.Tensor:
     """Logits of all rows of a (never patched) LLaVA-like `model`."""
     text = model.model.language_model
-    return _linear(model.lm_head, hidden_states(text, plan, layout, embeds, attention_mask, position_ids)[-1])
+    return _linear(model.lm_head, hidden_states(text, plan, layout, embeds, attention_mask, position_ids, added)[-1])
 
 
 def greedy(model, plan, layout, embeds, attention_mask, steps: int) -> torch.Tensor:
