@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -19,7 +20,8 @@ every_text = pytest.mark.parametrize("text", TEXT_MODELS)
 
 def generate(model, batch, **settings):
     """The new tokens of every sample."""
-    settings = dict(max_new_tokens=STEPS, do_sample=False) | settings
+    # an end token that never comes: before transformers 5.17, drafting could not do without one
+    settings = dict(max_new_tokens=STEPS, do_sample=False, eos_token_id=IMAGE_TOKEN) | settings
     return model.generate(**batch.to_generate(), **settings)[:, batch.length :]
 
 
@@ -91,6 +93,10 @@ def test_assistant_model():
     settings = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     assistant = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, eos_token_id=None, **settings)).double().eval()
     batch = make_batch(reference, [ONE])
+    try:
+        generate(reference, batch, assistant_model=assistant)
+    except ValueError as error:
+        pytest.skip(f"transformers {transformers.__version__} cannot do it unpatched: {error}")
     expected = oracle.greedy(reference, plan, batch.layout, batch.embeds, batch.attention_mask, STEPS)
     model = vis_sparse.patch(make_model(), plan)
     assert torch.equal(generate(model, batch, assistant_model=assistant), expected)
