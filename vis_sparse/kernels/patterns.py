@@ -6,6 +6,7 @@ cuts every grid into tiles, gives each tile the keys that its halo touches, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,7 +28,7 @@ def visible(attention: str | Neighborhood, query: Coordinates, key: Coordinates)
     if isinstance(attention, Neighborhood):
         near = (key.segment == query.segment) & (np.abs(key.frame - query.frame) <= attention.frames)
         for axis, side in (("y", query.height), ("x", query.width)):
-            low, high = _window(attention, getattr(query, axis), side)
+            low, high = window(attention, getattr(query, axis), side)
             near &= (getattr(key, axis) >= low) & (getattr(key, axis) <= high)
         visual = near & before if attention.direction == "causal" else near
     else:
@@ -35,7 +36,7 @@ def visible(attention: str | Neighborhood, query: Coordinates, key: Coordinates)
     return (key.sample == query.sample) & key.valid & np.where(key.is_visual, visual, before)
 
 
-def _window(near: Neighborhood, position, side):
+def window(near: Neighborhood, position, side):
     """First and last coordinate of the window of a query at `position`; a block of `stride` queries shares it."""
     first = position // near.stride * near.stride
     last = np.minimum(first + near.stride - 1, side - 1)
@@ -58,7 +59,18 @@ class Mask:
         return self._bias[dtype]
 
 
-class TextPattern:
+class _Pattern:
+    """Tables that a backend derives from a pattern are kept with it, and so for as long as its layout repeats."""
+
+    def derive(self, build: Callable, *settings):
+        """`build(self, *settings)`, built once."""
+        derived = self.__dict__.setdefault("_derived", {})
+        if (build, settings) not in derived:
+            derived[build, settings] = build(self, *settings)
+        return derived[build, settings]
+
+
+class TextPattern(_Pattern):
     """What the text queries of one call read: keys at or before them, visual ones not in blind heads.
 
     query_columns: (batch, Q) column of the sequence of each query. slots: coordinates of the keys, (batch, S).
@@ -112,7 +124,7 @@ class Tiles:
         return self.query.numel() * self.key.shape[1]
 
 
-class VisualPattern:
+class VisualPattern(_Pattern):
     """What the visual queries of one call read, as tables that each backend takes in its own form.
 
     attention: "full" or a Neighborhood. query: coordinates of the packed visual rows. slots: coordinates of the keys,
@@ -182,12 +194,12 @@ class VisualPattern:
             frames = slice(max(t - near.frames, 0), t + 1 if causal else t + near.frames + 1)
             for y in range(0, height, sides[0]):
                 y_end = min(y + sides[0], height)
-                low, high = _window(near, np.array([y, y_end - 1]), height)
+                low, high = window(near, np.array([y, y_end - 1]), height)
                 # earlier frames may be read below the query's row also under "causal"
                 last = y_end if causal and near.frames == 0 else high[1] + 1
                 for x in range(0, width, sides[1]):
                     x_end = min(x + sides[1], width)
-                    left, right = _window(near, np.array([x, x_end - 1]), width)
+                    left, right = window(near, np.array([x, x_end - 1]), width)
                     box = own[frames, max(low[0], 0) : last, max(left[0], 0) : right[1] + 1]
                     yield rows[t, y:y_end, x:x_end].ravel(), np.concatenate([text, box.ravel()])
 

@@ -1,0 +1,94 @@
+"""Block sizes of the Triton kernels, by head width, element size and target. A table with reasons, not a search.
+
+The reasons are in docs/kernels.md. What decides: accumulators and one block of scores must fit the registers (no
+spills), the blocks of K and V in flight must fit the shared memory, at least 64 rows make a wgmma on sm_90, and there
+should be a program for every multiprocessor.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+# Programs a multiprocessor should get before larger tiles are worth their halo.
+_WAVES = 4
+_DECODE_ROWS = 16  # the smallest M of a tensor core product
+_SLOTS_A_SPLIT = 256  # fewer keys than this are not worth a program of their own
+
+
+class Blocks(NamedTuple):
+    """queries: positions of a program, in one head or in all heads of a KV group. keys: of a step."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Device(NamedTuple):
+    """What the choice depends on: compute capability (90 = sm_90; 0 on AMD and in the interpreter), processors."""
+
+    capability: int
+    processors: int
+
+
+def device_of(tensor: torch.Tensor) -> Device:
+    if tensor.device.type != "cuda":
+        return Device(0, 1)
+    properties = torch.cuda.get_device_properties(tensor.device)
+    capability = 0 if torch.version.hip else 10 * properties.major + properties.minor
+    return Device(capability, properties.multi_processor_count)
+
+
+def width_block(head_dim: int) -> int:
+    """Width of a block of rows: the power of two at or above head_dim."""
+    return max(triton.next_power_of_2(head_dim), 16)
+
+
+def near_blocks(head_dim: int, item_size: int, group: int, programs: int, device: Device) -> Blocks:
+    """Forward and query gradient of a neighbourhood. group: heads of a KV head. programs: 64-query tiles x KV heads."""
+    width, members = width_block(head_dim), triton.next_power_of_2(group)
+    if item_size == 4:
+        return Blocks(max(16 // members, 1), 32 if width <= 128 else 16, 4, 1)
+    if members == 1 and programs < _WAVES * device.processors:
+        return Blocks(16, 32, 2, 2)
+    return Blocks(max(64 // members, 1), 32 if width > 128 or members > 1 else 64, 4 if width <= 128 else 8, 2)
+
+
+def run_blocks(head_dim: int, item_size: int, device: Device) -> Blocks:
+    """Prefill of text, and "full" visual attention: one head a program."""
+    width = width_block(head_dim)
+    if item_size == 4:
+        return Blocks(16, 32 if width <= 128 else 16, 4, 1)
+    if width > 128:
+        return Blocks(64, 32, 8, 2)
+    return Blocks(128, 64, 8, 2 if device.capability == 0 else 3)
+
+
+def decode_blocks(head_dim: int, item_size: int, group: int) -> Blocks:
+    """Few queries: all heads of a KV group a program, so that each key is read once."""
+    members = triton.next_power_of_2(group)
+    wide = width_block(head_dim) * item_size > 256
+    return Blocks(max(_DECODE_ROWS // members, 1), 32 if wide else 64, 4, 2 if item_size < 4 else 1)
+
+
+def is_decode(queries: int, group: int) -> bool:
+    return queries * triton.next_power_of_2(group) <= _DECODE_ROWS
+
+
+def decode_splits(programs: int, slots: int, device: Device) -> int:
+    """Parts that the keys are split into, so that every multiprocessor has work (flash-decoding)."""
+    wanted = triton.cdiv(2 * device.processors, programs)
+    return max(1, min(wanted, slots // _SLOTS_A_SPLIT))
+
+
+def gradient_blocks(head_dim: int, item_size: int) -> Blocks:
+    """Backward kernels over runs, and gradients of keys: one head at a time."""
+    width = width_block(head_dim)
+    if item_size == 4:
+        return Blocks(16, 16 if width > 128 else 32, 4, 1)
+    if width > 128:
+        return Blocks(32, 32, 8, 1)
+    return Blocks(64, 64, 8 if width == 128 else 4, 1)
