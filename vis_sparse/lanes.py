@@ -9,7 +9,7 @@ Families are unknown here; they hand over a `Decoder`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -26,16 +26,28 @@ from .weights import CutLinear, apply, select, unit_columns
 class DecoderLayer:
     """Where the modules of one decoder layer (pre-norm, gated FFN) are.
 
-    parts: for each of input_norm, query, key, value, output, post_norm, gate, up, down and activation, the module
-    that holds it and the name there: adapters put other modules in these places. scale: of the attention scores.
+    parts: for each of input_norm, query, key, value, output, post_norm, gate, up, down and activation, and of
+    query_norm and key_norm (over a head's width) where the layer has them, the module that holds it and the name
+    there: adapters put other modules in these places. scale: of the attention scores. fused: for parts that share
+    one linear layer, which of its outputs are theirs.
     """
 
     parts: dict[str, tuple[nn.Module, str]]
     scale: float
+    fused: dict[str, range] = field(default_factory=dict)
 
     def module(self, part: str) -> nn.Module:
         owner, name = self.parts[part]
         return getattr(owner, name)
+
+    def apply(self, part: str, x: torch.Tensor) -> torch.Tensor:
+        """A whole linear part on x (rows, in)."""
+        return apply(self.module(part), x, self.fused.get(part))
+
+    def outputs(self, part: str, indices: Sequence[int]) -> tuple[int, ...]:
+        """Outputs `indices` of a part as outputs of its linear layer."""
+        own = self.fused.get(part)
+        return tuple(indices) if own is None else tuple(own[i] for i in indices)
 
 
 @dataclass(frozen=True)
@@ -114,6 +126,7 @@ class LaneLayer:
     def __init__(self, layer: DecoderLayer, work: LayerWork, decoder: Decoder, zero: bool, backend: Backend):
         self.layer, self.work, self.backend = layer, work, backend
         self.head_dim = decoder.head_dim
+        self.has_norms = "query_norm" in layer.parts
         self.heads = head_map(work, decoder.num_heads, decoder.num_kv_heads, zero)
         wanted = {"query": work.query_heads, "key": work.key_heads, "value": work.key_heads}
         total = {"query": decoder.num_heads, "key": decoder.num_kv_heads, "value": decoder.num_kv_heads}
@@ -123,13 +136,15 @@ class LaneLayer:
         self.cut = CutLinear(
             layer.module,
             self.cut_names,
-            rows=[unit_columns(wanted[name], self.head_dim) for name in self.cut_names],
+            rows=[layer.outputs(name, unit_columns(wanted[name], self.head_dim)) for name in self.cut_names],
         )
         self.cut_output = CutLinear(layer.module, ["output"], columns=unit_columns(work.query_heads, self.head_dim))
         neurons = range(work.neurons) if isinstance(work.neurons, int) else work.neurons
         self.whole_ffn = len(neurons) == decoder.ffn_size
         self.has_ffn = len(neurons) > 0
-        self.cut_gate, self.cut_up = (CutLinear(layer.module, [n], rows=[tuple(neurons)]) for n in ("gate", "up"))
+        self.cut_gate, self.cut_up = (
+            CutLinear(layer.module, [name], rows=[layer.outputs(name, neurons)]) for name in ("gate", "up")
+        )
         self.cut_down = CutLinear(layer.module, ["down"], columns=tuple(neurons))
         # all rows read the same keys in the same heads: one causal attention over the whole sequence
         self.is_joint = (
@@ -151,7 +166,11 @@ class LaneLayer:
         return sum(cut.extra_bytes for cut in cuts)
 
     def _apply(self, part: str, x: torch.Tensor) -> torch.Tensor:
-        return apply(self.layer.module(part), x)
+        return self.layer.apply(part, x)
+
+    def _normed(self, name: str, y: torch.Tensor) -> torch.Tensor:
+        """Queries or keys (rows, heads, head_dim) after the layer's norm of them, if it has one."""
+        return self.layer.module(f"{name}_norm")(y) if f"{name}_norm" in self.layer.parts else y
 
     def __call__(self, x, call: Call, cos, sin, stores: tuple[Store, Store]) -> torch.Tensor:
         """x (text rows + visual rows, or text rows alone, hidden) -> the same after the layer. x may be reused."""
@@ -170,17 +189,18 @@ class LaneLayer:
             # the fused attention kernels want rows that lie one after the other
             y = self._apply(name, rows).contiguous().unflatten(1, (-1, self.head_dim))
             if name != "value":
-                y = rotate(y, cos[: len(y)], sin[: len(y)])
+                y = rotate(self._normed(name, y), cos[: len(y)], sin[: len(y)])
             text[name], visual[name], both[name] = y[:num_text], y[num_text:], y
         if has_visual and self.cut_names:
             y = self.cut(h[num_text:]).contiguous().unflatten(1, (-1, self.head_dim))
-            turned = sum(size for name, size in zip(self.cut_names, self.cut_sizes) if name != "value")
+            pieces = dict(zip(self.cut_names, y.split(self.cut_sizes, 1)))
+            turned = {name: self._normed(name, piece) for name, piece in pieces.items() if name != "value"}
             if turned:
-                y = (rotate(y[:, :turned], cos[num_text:], sin[num_text:]), y[:, turned:])
-                pieces = (*y[0].split([s for n, s in zip(self.cut_names, self.cut_sizes) if n != "value"], 1), y[1])
-            else:
-                pieces = (y,)
-            visual.update(zip(self.cut_names, pieces))
+                sizes = [piece.shape[1] for piece in turned.values()]
+                # queries and keys lie side by side: one rotation for both
+                y = y[:, : sum(sizes)] if not self.has_norms else torch.cat(list(turned.values()), 1)
+                pieces.update(zip(turned, rotate(y, cos[num_text:], sin[num_text:]).split(sizes, 1)))
+            visual.update(pieces)
         if self.heads.expand > 1:
             for lane in (text, visual):
                 for name in ("key", "value"):
@@ -295,11 +315,14 @@ class LaneExecutor:
                 if units:
                     store.append(*(select(t, 2, units) for t in pair))
 
-    def run(self, hidden, cos, sin, call: Call, cache_layers=None, collect: list | None = None) -> torch.Tensor:
+    def run(
+        self, hidden, cos, sin, call: Call, cache_layers=None, collect: list | None = None, added=()
+    ) -> torch.Tensor:
         """The decoder layers on one call.
 
         hidden (batch, length, d); cos, sin (batch, length, head_dim). Appends to `cache_layers` if given, and each
-        layer's input, in the shape of `hidden`, to `collect`. Returns hidden states of that shape, before the final
+        layer's input, in the shape of `hidden`, to `collect`. added: for each of the first layers, what is added to
+        its visual rows, (num_visual, d). Returns hidden states of that shape, before the final
         norm; rows of visual tokens that no layer needs any more keep their last value.
         """
         x, cos, sin = call.split(hidden, cos, sin)
@@ -312,11 +335,19 @@ class LaneExecutor:
             layer = cache_layers[index] if cache_layers else None
             stores = (layer.seen, layer.rest) if layer else (Store(), Store())
             x = lane(x, call, cos, sin, stores)
+            if index < len(added) and x.shape[0] > call.num_text:
+                x = add_rows(x, call.num_text, added[index])
         return call.merge(hidden, x, stopped)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of x (rows, heads, head_dim); sin has the sign of its first half turned (`Call.split`)."""
+    """Rotary embedding of x (rows, heads, head_dim); sin has the sign of its first half turned (`Call.split`).
+
+    Where cos and sin are narrower than a head, the rest of the head is not rotated.
+    """
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat([rotate(x[..., :width], cos, sin), x[..., width:]], -1)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 

@@ -1,6 +1,6 @@
 """Linear layers cut to the heads and neurons that visual rows use, and the matrix product that runs them.
 
-A cut of a plain `nn.Linear` is a view where its rows or columns are a leading range, a contiguous copy otherwise
+A cut of a plain `nn.Linear` is a view where its rows or columns follow one another, a contiguous copy otherwise
 (its bytes are reported by `vis_sparse.inspect`). The parameters themselves are never touched: `state_dict`,
 `save_pretrained`, optimizers and `unpatch` see the original tensors. Everything that is not a plain linear layer on
 a real device (LoRA, quantised, offloaded, sharded) is called whole and its output is cut: slower, never wrong.
@@ -42,20 +42,21 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
-def apply(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The whole linear layer on x (rows, in)."""
-    return product(x, module.weight, module.bias) if is_plain(module) else module(x)
-
-
-def leading(indices: Sequence[int]) -> bool:
-    """Whether `indices` are 0, 1, 2, ..., so that the cut is a view."""
-    return list(indices) == list(range(len(indices)))
+def apply(module: nn.Module, x: torch.Tensor, outputs: range | None = None) -> torch.Tensor:
+    """The linear layer on x (rows, in). outputs: of a fused projection, those that are wanted; None: all."""
+    if outputs is None:
+        return product(x, module.weight, module.bias) if is_plain(module) else module(x)
+    if not is_plain(module):
+        return select(module(x), 1, outputs)
+    bias = None if module.bias is None else select(module.bias, 0, outputs)
+    return product(x, select(module.weight, 0, outputs), bias)
 
 
 def select(x: torch.Tensor, dim: int, indices: Sequence[int]) -> torch.Tensor:
-    """x at `indices` along `dim`: x itself if they are all of it, a view if they lead, a copy otherwise."""
-    if leading(indices):
-        return x if len(indices) == x.shape[dim] else x.narrow(dim, 0, len(indices))
+    """x at `indices` along `dim`: x itself if they are all of it, a view if they follow one another, else a copy."""
+    first = indices[0] if len(indices) else 0
+    if list(indices) == list(range(first, first + len(indices))):
+        return x if len(indices) == x.shape[dim] else x.narrow(dim, first, len(indices))
     return x.index_select(dim, torch.tensor(indices, device=x.device))
 
 

@@ -1,6 +1,7 @@
-"""Reading the decoder of a transformers text model: plain pre-norm decoders with separate projections.
+"""Reading the decoder of a transformers text model: plain pre-norm decoders.
 
-Llama, Mistral and Qwen2 attention and gated FFN need nothing of their own; what does not fit is refused by name.
+Llama, Mistral, Qwen2, Qwen3 and Phi-3 attention with their gated FFN need nothing of their own; what does not fit is
+refused by name.
 """
 
 from __future__ import annotations
@@ -10,8 +11,17 @@ from torch import nn
 from ..lanes import Decoder, DecoderLayer
 from .errors import PatchError
 
-_ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
-_FFN = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj", "activation": "act_fn"}
+# the linear layers (and activation) of an attention module and of an FFN in each known structure, and their parts
+_ATTENTION = (
+    {"q_proj": ("query",), "k_proj": ("key",), "v_proj": ("value",), "o_proj": ("output",)},
+    {"qkv_proj": ("query", "key", "value"), "o_proj": ("output",)},
+)
+_FFN = (
+    {"gate_proj": ("gate",), "up_proj": ("up",), "down_proj": ("down",), "act_fn": ("activation",)},
+    {"gate_up_proj": ("gate", "up"), "down_proj": ("down",), "activation_fn": ("activation",)},
+)
+_LAYER = {"input_layernorm": ("input_norm",), "post_attention_layernorm": ("post_norm",)}
+_NORMS = {"q_norm": ("query_norm",), "k_norm": ("key_norm",)}
 
 
 def read_decoder(text_model: nn.Module) -> Decoder:
@@ -28,31 +38,47 @@ def read_decoder(text_model: nn.Module) -> Decoder:
         )
     if getattr(config, "attention_dropout", 0.0):
         raise PatchError(f"{name}: got attention_dropout={config.attention_dropout}, expected 0")
-    layers = tuple(_read_layer(layer, name) for layer in text_model.layers)
+    if any(getattr(config, place, 0.0) for place in ("resid_pdrop", "embd_pdrop")):
+        raise PatchError(f"{name}: got resid_pdrop={config.resid_pdrop}, embd_pdrop={config.embd_pdrop}, expected 0")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Decoder(
-        layers,
-        text_model.norm,
-        text_model.rotary_emb,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        head_dim,
-        config.intermediate_size,
-    )
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    sizes = {"query": heads * head_dim, "key": kv_heads * head_dim, "value": kv_heads * head_dim}
+    sizes |= {"gate": config.intermediate_size, "up": config.intermediate_size}
+    layers = tuple(_read_layer(layer, name, sizes, head_dim) for layer in text_model.layers)
+    rotary = text_model.rotary_emb
+    return Decoder(layers, text_model.norm, rotary, heads, kv_heads, head_dim, config.intermediate_size)
 
 
-def _read_layer(layer: nn.Module, name: str) -> DecoderLayer:
+def _read_layer(layer: nn.Module, name: str, sizes: dict[str, int], head_dim: int) -> DecoderLayer:
     attention, ffn = layer.self_attn, layer.mlp
-    missing = [place for place in _ATTENTION.values() if not hasattr(attention, place)]
-    missing += [place for place in _FFN.values() if not hasattr(ffn, place)]
-    extra = [place for place in ("q_norm", "k_norm") if hasattr(attention, place)]
-    if missing or extra:
-        found = f"without {', '.join(missing)}" if missing else f"with {', '.join(extra)}"
-        expected = ", ".join([*_ATTENTION.values(), *_FFN.values()])
-        raise PatchError(
-            f"{name}: got a decoder layer {found}, expected exactly {expected} as in Llama, Mistral or Qwen2"
-        )
-    parts = {"input_norm": (layer, "input_layernorm"), "post_norm": (layer, "post_attention_layernorm")}
-    parts |= {part: (attention, place) for part, place in _ATTENTION.items()}
-    parts |= {part: (ffn, place) for part, place in _FFN.items()}
-    return DecoderLayer(parts, attention.scaling)
+    norms = _NORMS if hasattr(attention, "q_norm") else {}
+    places = [
+        (layer, _known(layer, [_LAYER], name)),
+        (attention, _known(attention, [structure | norms for structure in _ATTENTION], name)),
+        (ffn, _known(ffn, _FFN, name)),
+    ]
+    parts, fused = {}, {}
+    for owner, structure in places:
+        for place, owned in structure.items():
+            parts |= {part: (owner, place) for part in owned}
+            start = 0
+            for part in owned if len(owned) > 1 else ():
+                fused[part] = range(start, start + sizes[part])
+                start += sizes[part]
+    for place in norms:
+        width = tuple(getattr(attention, place).weight.shape)
+        if width != (head_dim,):
+            raise PatchError(f"{name}: got a {place} of shape {width}, expected a norm of each head, ({head_dim},)")
+    return DecoderLayer(parts, attention.scaling, fused)
+
+
+def _known(module: nn.Module, structures, name: str) -> dict[str, tuple[str, ...]]:
+    """The structure that `module` has: all of its places, and no other child with weights."""
+    children = {place for place, child in module.named_children() if any(True for _ in child.parameters())}
+    children -= {"self_attn", "mlp"}
+    for structure in structures:
+        weightless = {place for place in structure if place.startswith("act")}
+        if children == structure.keys() - weightless and all(hasattr(module, place) for place in weightless):
+            return structure
+    known = " or ".join(", ".join(structure) for structure in structures)
+    raise PatchError(f"{name}: got a {type(module).__name__} with {', '.join(sorted(children))}, expected {known}")

@@ -136,7 +136,8 @@ class PatchState:
         wants_hidden = kwargs.get("output_hidden_states")
         wants_hidden = config.output_hidden_states if wants_hidden is None else wants_hidden
         collected = [] if wants_hidden else None
-        hidden = self.executor.run(inputs_embeds, cos, sin, call, layers, collected)
+        added = _added(kwargs.get("deepstack_visual_embeds"), layout, inputs_embeds)
+        hidden = self.executor.run(inputs_embeds, cos, sin, call, layers, collected, added)
         hidden = self.executor.decoder.norm(hidden)
         self.last = LastCall(layout, length, past)
         output = BaseModelOutputWithPast(
@@ -204,6 +205,17 @@ class PatchState:
 
 def _forward(self, *args, **kwargs):
     return self._vis_sparse.forward(*args, **kwargs)
+
+
+def _added(deepstack, layout: VisualLayout, embeds: torch.Tensor) -> list[torch.Tensor]:
+    """What DeepStack adds to the visual rows after each of the first layers: theirs in sequence order, as packed."""
+    added = [rows.to(embeds.device, embeds.dtype) for rows in deepstack or ()]
+    if added and len(added[0]) != layout.num_visual:
+        raise LayoutError(
+            f"deepstack_visual_embeds: got {len(added[0])} rows, expected one for each of the call's "
+            f"{layout.num_visual} visual tokens"
+        )
+    return added
 
 
 def _host_mask(attention_mask, columns: int) -> np.ndarray | None:
