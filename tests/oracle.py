@@ -94,10 +94,17 @@ def attention(plan, layer, module, x, rotary, grid, real) -> torch.Tensor:
     num_heads = config.num_attention_heads
     heads = active_heads(layer, num_heads)
 
-    def project(proj):
-        return _linear(proj, x).view(batch, length, -1, module.head_dim).transpose(1, 2)
+    def heads_of(projected):
+        return projected.view(batch, length, -1, module.head_dim).transpose(1, 2)
 
-    q, k, v = project(module.q_proj), project(module.k_proj), project(module.v_proj)
+    if hasattr(module, "qkv_proj"):
+        own, shared = num_heads * module.head_dim, config.num_key_value_heads * module.head_dim
+        projections = _linear(module.qkv_proj, x).split([own, shared, shared], dim=-1)
+    else:
+        projections = (_linear(proj, x) for proj in (module.q_proj, module.k_proj, module.v_proj))
+    q, k, v = map(heads_of, projections)
+    if hasattr(module, "q_norm"):
+        q, k = norm(module.q_norm, q), norm(module.k_norm, k)
     q, k = rotate(q, *rotary), rotate(k, *rotary)
     k, v = (kv.repeat_interleave(num_heads // kv.shape[1], dim=1) for kv in (k, v))
     scores = q @ k.transpose(-1, -2) * module.head_dim**-0.5
@@ -112,13 +119,19 @@ def attention(plan, layer, module, x, rotary, grid, real) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    x, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+    x = x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+    return torch.cat([x, rest], dim=-1)
 
 
 def ffn(layer: LayerPlan, module, x: torch.Tensor, grid: Grid) -> torch.Tensor:
     """What the FFN adds to every row."""
-    inner = module.act_fn(_linear(module.gate_proj, x)) * _linear(module.up_proj, x)
+    if hasattr(module, "gate_up_proj"):
+        gate, up = _linear(module.gate_up_proj, x).chunk(2, dim=-1)
+        inner = module.activation_fn(gate) * up
+    else:
+        inner = module.act_fn(_linear(module.gate_proj, x)) * _linear(module.up_proj, x)
     neurons = layer.neurons(inner.shape[-1])
     used = torch.zeros(inner.shape[-1], dtype=torch.bool)
     used[list(range(neurons)) if isinstance(neurons, int) else list(neurons)] = True
@@ -139,9 +152,7 @@ def default_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def hidden_states(
-    text, plan, layout, embeds, attention_mask=None, position_ids=None, added=()
-) -> list[torch.Tensor]:
+def hidden_states(text, plan, layout, embeds, attention_mask=None, position_ids=None, added=()) -> list[torch.Tensor]:
     """[inputs, output of layer 0, ..., output of the last layer after the final norm], each (batch, length, width).
 
     text: an unpatched transformers text model of the Llama kind. attention_mask: (batch, length), 1 = real token.

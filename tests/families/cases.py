@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import transformers as hf
 
-from .processors import IDS, VOCAB, tokenizer
+from .processors import IDS, VOCAB
 
 LAYERS, HEADS, KV_HEADS, WIDTH, NEURONS = 3, 8, 2, 64, 48
 TEXT = dict(
@@ -75,10 +74,6 @@ class Case:
         model.generation_config.eos_token_id = None
         return model.to(dtype)
 
-    @cache
-    def processor_for(self, padding: str):
-        return self.processor(tokenizer(padding))
-
 
 def _llava_processor(words):
     size = {"height": 16, "width": 16}
@@ -100,8 +95,10 @@ def _llava(model_class, config_class, **settings):
     return Case(name, model_class, config, _llava_processor, (Visual((30, 20), fixed), Visual((16, 40), fixed)))
 
 
-def _qwen_vl(name, text: dict, vision: dict, video_processor=hf.Qwen2VLVideoProcessor, **changes):
+def _qwen_vl(name, text: dict, vision: dict, video_grids, video_processor=hf.Qwen2VLVideoProcessor):
+    """Patches of 4 x 4 pixels, merged 2 x 2; two frames a patch."""
     model_class, config_class = (getattr(hf, f"{name}{end}") for end in ("ForConditionalGeneration", "Config"))
+    sizes = dict(patch_size=4, temporal_patch_size=2)
 
     def config():
         return config_class(
@@ -116,25 +113,152 @@ def _qwen_vl(name, text: dict, vision: dict, video_processor=hf.Qwen2VLVideoProc
         )
 
     def processor(words):
-        sizes = dict(patch_size=4, merge_size=2, temporal_patch_size=2)
-        image = hf.Qwen2VLImageProcessor(**sizes, size={"shortest_edge": 64, "longest_edge": 4096})
-        video = video_processor(**sizes, size={"shortest_edge": 64, "longest_edge": 4096}, do_sample_frames=False)
+        limits = dict(size={"shortest_edge": 64, "longest_edge": 4096}, merge_size=2)
+        image = hf.Qwen2VLImageProcessor(**sizes, **limits)
+        video = video_processor(**sizes, **limits, do_sample_frames=False)
         return getattr(hf, f"{name}Processor")(image, words, video)
 
     pictures = (Visual((24, 16), ((1, 2, 3),)), Visual((8, 32), ((1, 4, 1),)))
-    video = Visual((4, 24, 16), ((2, 2, 3),))
-    return Case(name.replace("_", "."), model_class, config, processor, pictures, video, **changes)
+    video = Visual((4, 24, 16), video_grids)
+    return Case(name.replace("_", "."), model_class, config, processor, pictures, video)
+
+
+def _anyres(name, vision: dict, processor, pictures, video_grids=(), **settings):
+    """LLaVA-NeXT and its kin: tiles of 16 x 16 pixels, 4 x 4 tokens each."""
+    model_class, config_class = (getattr(hf, f"{name}{end}") for end in ("ForConditionalGeneration", "Config"))
+
+    def config():
+        made = config_class(
+            vision_config=CLIP | vision,
+            text_config=hf.Qwen2Config(**TEXT),
+            image_token_id=IDS["<image>"],
+            video_token_id=IDS["<video>"],
+            image_grid_pinpoints=PINPOINTS,
+            tie_word_embeddings=False,
+            **settings,
+        )
+        made.pad_token_id = 0
+        return made
+
+    video = Visual((3, 16, 16), tuple(video_grids)) if video_grids else None
+    return Case(name, model_class, config, processor, pictures, video)
+
+
+def _next_processor(words):
+    return hf.LlavaNextProcessor(
+        hf.LlavaNextImageProcessor(**SQUARE, image_grid_pinpoints=PINPOINTS), words, **CLASS_TOKEN
+    )
+
+
+def _next_video_processor(words):
+    return hf.LlavaNextVideoProcessor(
+        image_processor=hf.LlavaNextImageProcessor(**SQUARE, image_grid_pinpoints=PINPOINTS),
+        video_processor=hf.LlavaNextVideoVideoProcessor(**SQUARE),
+        tokenizer=words,
+        **CLASS_TOKEN,
+    )
+
+
+def _onevision_processor(words):
+    return hf.LlavaOnevisionProcessor(
+        hf.LlavaOnevisionImageProcessor(size=SIDES, image_grid_pinpoints=PINPOINTS),
+        words,
+        hf.LlavaOnevisionVideoProcessor(size=SIDES),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_1",
+    )
+
+
+def _internvl(text: str):
+    """Tiles of 16 x 16 pixels, 2 x 2 tokens each."""
+
+    def config():
+        made = hf.InternVLConfig(
+            text_config=getattr(hf, f"{text}Config")(**TEXT),
+            vision_config=dict(
+                hidden_size=32,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                image_size=(16, 16),
+                patch_size=(4, 4),
+            ),
+            image_token_id=IDS["<IMG_CONTEXT>"],
+            image_seq_length=4,
+            tie_word_embeddings=False,
+        )
+        made.pad_token_id = 0
+        return made
+
+    def processor(words):
+        image = hf.GotOcr2ImageProcessor(size=SIDES, crop_to_patches=True, max_patches=3)
+        return hf.InternVLProcessor(image, words, hf.InternVLVideoProcessor(size=SIDES), image_seq_length=4)
+
+    tile = (1, 2, 2)
+    return Case(
+        f"InternVL ({text})",
+        hf.InternVLForConditionalGeneration,
+        config,
+        processor,
+        # two and three tiles, and a thumbnail
+        (Visual((30, 20), (tile,) * 3), Visual((16, 40), (tile,) * 4)),
+        Visual((3, 16, 16), (tile,) * 3),
+        image_text="<IMG_CONTEXT>",
+        placeholders=(IDS["<IMG_CONTEXT>"],),
+    )
 
 
 ROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=10_000.0, mrope_section=[1, 1, 2]))
+PINPOINTS = [[16, 32], [32, 16], [32, 32]]
+SIDES = {"height": 16, "width": 16}
+SQUARE = dict(size={"shortest_edge": 16}, crop_size=SIDES)
+CLASS_TOKEN = dict(patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+# 30 x 20 pixels fill the width of 2 x 2 tiles: one row of padding is cut off at the top and one at the bottom;
+# 16 x 40 fill the height of two tiles, where half a column of padding stays
+NEXT_PICTURES = (Visual((30, 20), ((1, 4, 4), (1, 6, 9))), Visual((16, 40), ((1, 4, 4), (1, 8, 5))))
+# the same, scaled down to the area of one tile; pictures beside others are not tiled
+BASE = ((1, 4, 4), (1, 1, 1))
+SMALL_PICTURES = (
+    Visual((30, 20), ((1, 4, 4), (1, 3, 5)), BASE),
+    Visual((16, 40), ((1, 4, 4), (1, 5, 3)), BASE),
+)
 
 CASES = (
     _llava(hf.LlavaForConditionalGeneration, hf.LlavaConfig),
-    _llava(hf.VipLlavaForConditionalGeneration, hf.VipLlavaConfig, vision_feature_layers=[-1, 1]),
-    _qwen_vl("Qwen2VL", ROPE, dict(embed_dim=32, hidden_size=WIDTH, mlp_ratio=2)),
+    _anyres("LlavaNext", {}, _next_processor, NEXT_PICTURES),
+    _anyres("LlavaNextVideo", {}, _next_video_processor, NEXT_PICTURES, [(3, 2, 2)]),
+    _anyres(
+        "LlavaOnevision",
+        dict(model_type="siglip_vision_model"),
+        _onevision_processor,
+        SMALL_PICTURES,
+        [(3, 2, 2), (1, 1, 1)],
+        vision_aspect_ratio="anyres_max_1",
+    ),
+    _llava(hf.VipLlavaForConditionalGeneration, hf.VipLlavaConfig, vision_feature_layer=[-1, 1]),
+    _qwen_vl("Qwen2VL", ROPE, dict(embed_dim=32, hidden_size=WIDTH, mlp_ratio=2), ((2, 2, 3),)),
     _qwen_vl(
         "Qwen2_5_VL",
         ROPE,
         dict(hidden_size=32, out_hidden_size=WIDTH, intermediate_size=32, window_size=16, fullatt_block_indexes=[1]),
+        ((2, 2, 3),),
     ),
+    _qwen_vl(
+        "Qwen3VL",
+        # a head width that is not hidden_size / heads
+        dict(rope_parameters=ROPE["rope_parameters"] | dict(mrope_section=[2, 2, 2]), head_dim=12),
+        dict(
+            hidden_size=32,
+            out_hidden_size=WIDTH,
+            intermediate_size=32,
+            num_position_embeddings=16,
+            deepstack_visual_indexes=[0, 1],
+        ),
+        ((1, 2, 3),) * 2,  # a timestamp before each frame
+        hf.Qwen3VLVideoProcessor,
+    ),
+    _internvl("Qwen2"),
+    _internvl("Llama"),
+    _internvl("Phi3"),
 )

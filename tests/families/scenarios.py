@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from PIL import Image
 from vis_sparse.layout import VisualLayout
 
 from .cases import Case, Visual
-from .processors import WORDS
+from .processors import WORDS, tokenizer
 
 FIRST, SECOND, VIDEO = "first picture", "second picture", "video"
 
@@ -53,9 +54,10 @@ class Request:
 
 def make_request(case: Case, scenario: Scenario, dtype: torch.dtype, seed: int = 1) -> Request:
     rng = np.random.default_rng(seed)
-    texts, images, videos, grids = [], [], [], []
+    texts, grids = [], []
+    images, videos = [], []  # images: those of each sample that has any
     for sample in scenario.samples:
-        words, placed = [], []
+        words, placed, shown = [], [], []
         pictures = sum(part in (FIRST, SECOND) for part in sample)
         for part in sample:
             if isinstance(part, int):
@@ -67,16 +69,25 @@ def make_request(case: Case, scenario: Scenario, dtype: torch.dtype, seed: int =
                 placed += case.video.grids
             else:
                 visual = case.pictures[part == SECOND]
-                images.append(Image.fromarray(rng.integers(0, 256, (*visual.size[::-1], 3), dtype=np.uint8)))
+                shown.append(Image.fromarray(rng.integers(0, 256, (*visual.size[::-1], 3), dtype=np.uint8)))
                 words.append(case.image_text)
                 placed += _grids(visual, pictures)
         texts.append(" ".join(words))
+        images += [shown] if shown else []
         grids.append(placed)
-    given = dict(images=images or None, videos=videos or None)
-    given = {name: value for name, value in given.items() if value is not None}
-    inputs = case.processor_for(scenario.padding)(text=texts, padding=True, return_tensors="pt", **given)
-    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items() if k != "token_type_ids"}
+    given = {"images": images} if images else {}
+    if videos:
+        timing = [dict(fps=1, total_num_frames=len(video), frames_indices=list(range(len(video)))) for video in videos]
+        given |= dict(videos=videos, video_metadata=timing)
+    processor = _processor(case, scenario.padding)
+    inputs = processor(text=texts, padding=True, return_tensors="pt", **given)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     return Request(inputs, _layout(case, inputs["input_ids"], grids))
+
+
+@cache
+def _processor(case: Case, padding: str):
+    return case.processor(tokenizer(padding))
 
 
 def _grids(visual: Visual, pictures: int):

@@ -16,11 +16,13 @@ from ..plan_yaml import as_plan
 from .decoder import read_decoder
 from .errors import PatchError
 from .family import Family
+from .internvl import INTERNVL
 from .llava import LLAVA, VIP_LLAVA
-from .qwen_vl import QWEN2_VL
+from .llava_next import LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION
+from .qwen_vl import QWEN2_VL, QWEN3_VL
 from .state import PatchState
 
-FAMILIES = (LLAVA, VIP_LLAVA, QWEN2_VL)
+FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION, VIP_LLAVA, QWEN2_VL, QWEN3_VL, INTERNVL)
 
 
 def _family(model: nn.Module) -> Family:

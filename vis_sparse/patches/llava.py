@@ -9,11 +9,13 @@ from .placeholders import Grid, Visual, family
 
 
 def check_strategy(outer: nn.Module, arguments: dict) -> None:
-    """Raises LayoutError if the class token of the vision tower is kept: it lies in no grid."""
+    """Raises LayoutError if the class token of the vision tower is kept, or a patch dropped: it lies in no grid."""
     strategy = arguments.get("vision_feature_select_strategy") or outer.config.vision_feature_select_strategy
-    if strategy != "default":
+    # SigLIP towers have no class token
+    expected = "full" if outer.config.vision_config.model_type.startswith("siglip") else "default"
+    if strategy != expected:
         raise LayoutError(
-            f"vision_feature_select_strategy: got {strategy!r}, expected 'default' (class tokens lie in no grid)"
+            f"vision_feature_select_strategy: got {strategy!r}, expected {expected!r} (class tokens lie in no grid)"
         )
 
 

@@ -76,6 +76,7 @@ class PatchState:
             else:
                 setattr(module, name, previous)
 
+    @torch.compiler.disable
     def _before(self, outer, args, kwargs):
         arguments = self._signature.bind_partial(outer, *args, **kwargs).arguments
         arguments.update(arguments.pop("kwargs", {}))
@@ -85,6 +86,7 @@ class PatchState:
     def _after(self, outer, args, output):
         self.layout = None
 
+    @torch.compiler.disable(recursive=False)
     def forward(
         self,
         input_ids=None,
@@ -128,6 +130,8 @@ class PatchState:
         if past_key_values is not None:
             layers = self._cache_layers(past_key_values, batch, past, mask)
         call = self._call(layout, length, past, mask, layers, inputs_embeds.device)
+        if layout.segments:
+            self.executor.refresh()
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
         if position_ids.dim() == 3:
@@ -137,7 +141,10 @@ class PatchState:
         wants_hidden = config.output_hidden_states if wants_hidden is None else wants_hidden
         collected = [] if wants_hidden else None
         added = _added(kwargs.get("deepstack_visual_embeds"), layout, inputs_embeds)
-        hidden = self.executor.run(inputs_embeds, cos, sin, call, layers, collected, added)
+        # the first run of a call builds the tables that its backend needs, which no compiler should look into
+        run = LaneExecutor.run if call.has_run else _run_eagerly
+        hidden = run(self.executor, inputs_embeds, cos, sin, call, layers, collected, added)
+        call.has_run = True
         hidden = self.executor.decoder.norm(hidden)
         self.last = LastCall(layout, length, past)
         output = BaseModelOutputWithPast(
@@ -147,6 +154,7 @@ class PatchState:
         )
         return output.to_tuple() if kwargs.get("return_dict") is False else output
 
+    @torch.compiler.disable
     def _call_layout(self, batch: int, length: int, past: int, without_ids: bool) -> VisualLayout:
         layout = self.layout
         if self.given is not None:
@@ -164,6 +172,7 @@ class PatchState:
             raise LayoutError(f"layout: got {layout.batch_size} samples, expected the call's batch of {batch}")
         return layout.window(past, past + length)
 
+    @torch.compiler.disable
     def _cache_layers(self, cache, batch: int, past: int, mask: np.ndarray | None) -> list[LaneCacheLayer]:
         """The cache's lane layers; a plain cache becomes one, with its tokens as text."""
         if any(isinstance(layer, LaneCacheLayer) for layer in cache.layers):
@@ -183,6 +192,7 @@ class PatchState:
         cache.layers = layers
         return layers
 
+    @torch.compiler.disable
     def _call(self, layout, length, past, mask, cache_layers, device) -> Call:
         """The call's tables; those of a first call are kept, since prompts repeat their layout."""
         key = None if past else (layout, length, None if mask is None else mask.tobytes(), device)
@@ -203,6 +213,11 @@ class PatchState:
         return call
 
 
+@torch.compiler.disable
+def _run_eagerly(executor, *args):
+    return executor.run(*args)
+
+
 def _forward(self, *args, **kwargs):
     return self._vis_sparse.forward(*args, **kwargs)
 
@@ -218,6 +233,7 @@ def _added(deepstack, layout: VisualLayout, embeds: torch.Tensor) -> list[torch.
     return added
 
 
+@torch.compiler.disable
 def _host_mask(attention_mask, columns: int) -> np.ndarray | None:
     """(batch, columns) bool on the host, or None if nothing is padding."""
     if attention_mask is None:

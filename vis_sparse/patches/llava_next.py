@@ -1,0 +1,82 @@
+"""LLaVA-NeXT, LLaVA-NeXT-Video and LLaVA-OneVision: a base view, then the tiles of an AnyRes image as one grid.
+
+The tiles' grid has its padding cut off, and a newline token as its last column.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from ..image_grids import AnyRes
+from .llava import check_strategy
+from .placeholders import Grid, Visual, family
+
+
+def _side(outer: nn.Module) -> int:
+    vision = outer.config.vision_config
+    return vision.image_size // vision.patch_size
+
+
+def _anyres(outer: nn.Module, image_sizes) -> list[tuple[Grid, Grid]]:
+    """Base and tiles of every image; image_sizes (images, 2): height and width in pixels."""
+    size, side = outer.config.vision_config.image_size, _side(outer)
+    rule = AnyRes(size, (side, side), tuple(map(tuple, outer.config.image_grid_pinpoints)), (size, size))
+    return [rule.encode(*map(int, image)).grids for image in image_sizes]
+
+
+def _next_grids(outer: nn.Module, arguments: dict) -> list[Grid]:
+    check_strategy(outer, arguments)
+    return [grid for image in _anyres(outer, arguments["image_sizes"]) for grid in image]
+
+
+def _pooled_frames(outer: nn.Module, arguments: dict) -> list[Grid]:
+    # pixel_values_videos (videos, frames, channels, height, width)
+    check_strategy(outer, arguments)
+    videos, frames = arguments["pixel_values_videos"].shape[:2]
+    side = _side(outer) // outer.config.spatial_pool_stride
+    return [(frames, side, side)] * videos
+
+
+def _onevision_grids(outer: nn.Module, arguments: dict) -> list[Grid]:
+    # samples with several images have them as base views, each with one newline token after it
+    counts = arguments.get("batch_num_images")
+    is_tiled = [True] * len(arguments["image_sizes"]) if counts is None else [n == 1 for n in counts for _ in range(n)]
+    limit = arguments.get("vision_aspect_ratio") or outer.config.vision_aspect_ratio
+    grids = []
+    for (base, tiles), tiled in zip(_anyres(outer, arguments["image_sizes"]), is_tiled, strict=True):
+        grids += [base, _shrunk(tiles, _side(outer), int(limit.removeprefix("anyres_max_"))) if tiled else (1, 1, 1)]
+    return grids
+
+
+def _shrunk(tiles: Grid, side: int, max_tiles: int) -> Grid:
+    """The grid of the tiles, scaled down if there are more tokens in it than in `max_tiles` tiles."""
+    _, rows, columns = tiles
+    columns -= 1
+    ratio = math.sqrt(rows * columns / (max_tiles * side**2))
+    return (1, int(rows // ratio), int(columns // ratio) + 1) if ratio > 1.1 else tiles
+
+
+def _onevision_frames(outer: nn.Module, arguments: dict) -> list[Grid]:
+    # halved frames, and one newline token after the last
+    videos, frames = arguments["pixel_values_videos"].shape[:2]
+    side = math.ceil(_side(outer) / 2)
+    return [(frames, side, side), (1, 1, 1)] * videos
+
+
+_NEXT = Visual("pixel_values", _next_grids)
+
+LLAVA_NEXT = family("LlavaNextForConditionalGeneration", "LlavaNextModel", image=_NEXT)
+LLAVA_NEXT_VIDEO = family(
+    "LlavaNextVideoForConditionalGeneration",
+    "LlavaNextVideoModel",
+    image=_NEXT,
+    video=Visual("pixel_values_videos", _pooled_frames),
+)
+LLAVA_ONEVISION = family(
+    "LlavaOnevisionForConditionalGeneration",
+    "LlavaOnevisionModel",
+    image=Visual("pixel_values", _onevision_grids),
+    video=Visual("pixel_values_videos", _onevision_frames),
+)
