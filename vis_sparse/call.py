@@ -25,6 +25,7 @@ class Call:
         self._patterns: dict = {}
         self.num_text = packing.num_text
         self.batch = packing.batch
+        self.has_run = False  # whether the backend's tables have been built
         index = packing.row_index()
         self._is_plain = not packing.num_visual and np.array_equal(index, np.arange(packing.batch * packing.length))
         self._row_index = None if self._is_plain else self._to(index)

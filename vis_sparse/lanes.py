@@ -161,9 +161,8 @@ class LaneLayer:
         return bool(self.work.key_heads) or self.work.updates
 
     @property
-    def extra_bytes(self) -> int:
-        cuts = (self.cut, self.cut_output, self.cut_gate, self.cut_up, self.cut_down)
-        return sum(cut.extra_bytes for cut in cuts)
+    def cuts(self) -> tuple[CutLinear, ...]:
+        return (self.cut, self.cut_output, self.cut_gate, self.cut_up, self.cut_down)
 
     def _apply(self, part: str, x: torch.Tensor) -> torch.Tensor:
         return self.layer.apply(part, x)
@@ -298,7 +297,13 @@ class LaneExecutor:
     @property
     def extra_bytes(self) -> int:
         """Bytes of weight copies made so far."""
-        return sum(lane.extra_bytes for lane in self.layers)
+        return sum(cut.extra_bytes for lane in self.layers for cut in lane.cuts)
+
+    def refresh(self) -> None:
+        """Bring the weight cuts up to date with the parameters; a compiled `run` needs it before."""
+        for lane in self.layers:
+            for cut in lane.cuts:
+                cut.refresh()
 
     def new_cache_layers(self, batch: int) -> list[LaneCacheLayer]:
         book = Book(batch, self.plan)

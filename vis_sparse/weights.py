@@ -71,7 +71,8 @@ class CutLinear:
     find(name) gives a layer's module; it is asked in every call, since adapters may replace modules. Called with
     x (n, in) it gives (n, sum of the layers' outputs); with `columns`, x holds those inputs only.
     The cut weight is kept until a parameter changes (optimizer step, loading, moving), and is cut anew in every call
-    while gradients are recorded, so that they reach the parameters.
+    while gradients are recorded, so that they reach the parameters. A compiled call cannot look for changes: `refresh`
+    does it before.
     """
 
     def __init__(
@@ -91,13 +92,23 @@ class CutLinear:
             return self._whole(x, modules)
         if torch.is_grad_enabled() and any(m.weight.requires_grad for m in modules):
             return product(x, *self._cut(modules))
+        if not torch.compiler.is_compiling():
+            self._keep(modules)
+        return product(x, self._weight, self._bias)
+
+    def refresh(self) -> None:
+        """Bring the kept cut up to date with the parameters."""
+        modules = [self._find(name) for name in self._names]
+        if modules and all(map(is_plain, modules)):
+            self._keep(modules)
+
+    def _keep(self, modules) -> None:
         key = tuple(_state(p) for m in modules for p in (m.weight, m.bias) if p is not None)
         if key != self._key:
             # a tensor made in inference mode could not serve a later call that records gradients
             with torch.inference_mode(False), torch.no_grad():
                 self._weight, self._bias = self._cut(modules)
             self._key = key
-        return product(x, self._weight, self._bias)
 
     @property
     def extra_bytes(self) -> int:
