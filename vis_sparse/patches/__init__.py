@@ -115,13 +115,25 @@ def use_layout(model: nn.Module, layout: VisualLayout) -> Iterator[None]:
 
 
 def inspect(model: nn.Module) -> dict | None:
-    """What a patched model does: plan, backend, bytes of weight copies, and the last call in lanes. None: unpatched."""
+    """What a patched model does; None if it is not patched.
+
+    plan, backend; extra_bytes: weight copies made so far; last_call: segments and lengths of the last call in lanes;
+    flops, flops_dense: the decoder's executed FLOPs of that call and those of the dense plan, if it was a whole prompt
+    with visual tokens.
+    """
     state = _state(model)
     if state is None:
         return None
+    counted, last = {}, state.last
+    if last is not None and last.layout.segments and not last.past:
+        from ..cost import flops
+
+        for name, plan in (("flops", state.plan), ("flops_dense", VisualPlan.dense(state.plan.num_layers))):
+            counted[name] = flops(model, plan, layout=last.layout, text_tokens=last.text_length).total
     return {
         "plan": state.plan,
         "backend": state.backend.name,
         "extra_bytes": state.executor.extra_bytes,
-        "last_call": state.last,
+        "last_call": last,
+        **counted,
     }

@@ -28,11 +28,12 @@ _KEPT_CALLS = 16
 
 @dataclass(frozen=True)
 class LastCall:
-    """The last call that ran in lanes: its segments, columns, and columns cached before it."""
+    """The last call that ran in lanes: its segments, columns, columns cached before it, and text rows a sample."""
 
     layout: VisualLayout
     length: int
     past: int
+    text_length: int
 
 
 class PatchState:
@@ -146,7 +147,7 @@ class PatchState:
         hidden = run(self.executor, inputs_embeds, cos, sin, call, layers, collected, added)
         call.has_run = True
         hidden = self.executor.decoder.norm(hidden)
-        self.last = LastCall(layout, length, past)
+        self.last = LastCall(layout, length, past, call.num_text // batch)
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=past_key_values if use_cache else None,
