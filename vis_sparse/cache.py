@@ -68,7 +68,7 @@ class Book:
 
 
 class Store:
-    """K and V of some KV heads, (batch, slots, heads, head_dim) each, growing in place by doubling."""
+    """K and V of some KV heads, (batch, slots, heads, head_dim) each, growing in place by a quarter."""
 
     def __init__(self):
         self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -84,7 +84,7 @@ class Store:
             self.buffers = tuple(torch.cat([old, new], 1) for old, new in zip(self.tensors, (key, value)))
         else:
             if end > self.buffers[0].shape[1]:
-                self.buffers = tuple(self._grown(t, max(end, 2 * self.length)) for t in self.tensors)
+                self.buffers = tuple(self._grown(t, end + self.length // 4) for t in self.tensors)
             for buffer, new in zip(self.buffers, (key, value)):
                 buffer[:, self.length : end] = new
         self.length = end
