@@ -11,12 +11,14 @@ from typing import NoReturn
 import typer
 from typer.core import TyperGroup
 
+from .cli_calibrate import calibrate_command
 from .cli_flops import flops_command
 from .cli_plan import plan_app
 from .eval.bench import bench_command
 from .eval.demo import demo_command
 from .layout import LayoutError
 from .plan import PlanError
+from .records import SampleError
 from .shapes import ShapeError
 
 
@@ -26,7 +28,7 @@ class _OneLineErrors(TyperGroup):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except (PlanError, LayoutError, ShapeError) as error:
+        except (PlanError, LayoutError, ShapeError, SampleError) as error:
             _refuse(error)
         except ValueError as error:
             from .patches.errors import PatchError  # torch comes with it, so not for the errors above
@@ -51,3 +53,6 @@ app.add_typer(plan_app, name="plan")
 app.command("flops", epilog="Example: vis-sparse flops --model llava-1.5-7b --plan dense,auto,yopo-12")(flops_command)
 app.command("bench", epilog="Example: vis-sparse bench --model llava-1.5-7b --layers 2 --plan yopo-12")(bench_command)
 app.command("demo", epilog="Example: vis-sparse demo --questions 100")(demo_command)
+app.command("calibrate", epilog="Example: vis-sparse calibrate --model DIR --data tiny-train --out calib.safetensors")(
+    calibrate_command
+)

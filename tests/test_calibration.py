@@ -1,0 +1,265 @@
+"""Calibration: scores against full attention matrices, the pass over samples, files and data."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import save_file
+
+import vis_sparse
+from vis_sparse import running
+from vis_sparse.attention_mass import visual_mass
+from vis_sparse.calibration import Calibration, calibrate
+from vis_sparse.cli_data import records
+from vis_sparse.heads import load_heads
+from vis_sparse.patches.errors import PatchError
+from vis_sparse.plan import PlanError
+from vis_sparse.records import SampleError, read_records
+from vis_sparse.samples import answer_rows, answered, with_answer
+
+from .models import HEADS, IMAGE, LAYERS, NEURONS, make_batch, make_model
+
+NEVER = 1e9
+
+
+def make_sample(model, parts=(3, IMAGE, 4), answer=2, seed=1) -> dict:
+    batch = make_batch(model, [parts], seed=seed)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "pixel_values": batch.pixel_values}
+    tokens = torch.randint(1, 90, (answer,), generator=torch.Generator().manual_seed(seed))
+    return with_answer(inputs, tokens) if answer else inputs
+
+
+def make_samples(model, number=4) -> list[dict]:
+    parts = [(3, IMAGE, 4), (1, IMAGE, 2, IMAGE, 1), (IMAGE, 5), (2, IMAGE, 3)]
+    return [make_sample(model, parts[i % 4], 1 + i % 3, seed=i) for i in range(number)]
+
+
+def matrices(model, sample):
+    """Attention (layers, heads, length, length) of the eager model, and which columns are visual."""
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = model(**{k: v for k, v in sample.items() if k != "labels"}, output_attentions=True)
+    model.set_attn_implementation("sdpa")
+    return torch.stack(out.attentions)[:, 0].double(), sample["input_ids"][0] == model.config.image_token_id
+
+
+@pytest.mark.parametrize("text", ["llama", "llama-gqa", "mistral-gqa", "qwen2-gqa"])
+def test_scores_are_those_of_full_attention_matrices(text):
+    model = make_model(text, dtype=torch.float32)
+    samples = make_samples(model)
+    result = calibrate(model, samples)
+    ratios, mass = [], []
+    for sample in samples:
+        attention, visual = matrices(model, sample)
+        rows = attention[:, :, answer_rows(sample)].mean(2)
+        ratios.append(rows[..., visual].sum(-1) / rows[..., ~visual].sum(-1))
+        after = ~visual & (torch.arange(len(visual)) > visual.nonzero()[0])
+        mass.append(attention[:, :, after][..., visual].sum(-1).mean((1, 2)))
+    torch.testing.assert_close(torch.from_numpy(result.ratios).double(), torch.stack(ratios), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.from_numpy(result.heads), torch.stack(ratios).mean(0).float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.from_numpy(result.text_mass), torch.stack(mass).mean(0).float())
+
+
+@pytest.mark.parametrize("block", [1, 5, 64])
+def test_mass_in_blocks_of_keys(block):
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(8, 3, 16, generator=generator) * 9, torch.randn(2, 20, 16, generator=generator)
+    columns, visual = torch.tensor([4, 11, 19]), torch.arange(20) % 3 == 0
+    real = torch.arange(20) > 1
+    scores = query @ key.repeat_interleave(4, 0).transpose(1, 2) / 4
+    read = (torch.arange(20) <= columns[:, None]) & real
+    weights = scores.double().masked_fill(~read, -torch.inf).softmax(-1)
+    on_visual, on_others = visual_mass(query, key, columns, visual, real, 0.25, block)
+    torch.testing.assert_close(on_visual.double(), weights[..., visual].sum(-1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(on_others.double(), weights[..., ~visual].sum(-1), rtol=1e-5, atol=1e-6)
+
+
+def test_changes_and_neurons_are_those_of_the_layers():
+    model = make_model()
+    sample = make_sample(model)
+    result = calibrate(model, [sample])
+    visual = sample["input_ids"][0] == model.config.image_token_id
+    seen = {}
+
+    def keep(name):
+        def hook(module, args, output):
+            seen[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    layer = model.model.language_model.layers[1]
+    handles = [part.register_forward_hook(keep(name)) for name, part in layer.named_modules() if name]
+    with torch.no_grad():
+        states = model(**{k: v for k, v in sample.items() if k != "labels"}, output_hidden_states=True).hidden_states
+    for handle in handles:
+        handle.remove()
+    before = states[1][0][visual]
+    middle = before + seen["self_attn"][0][visual]
+    for name, start, end in (("attention", before, middle), ("ffn", middle, states[2][0][visual])):
+        cosine = torch.cosine_similarity(start, end, dim=-1).mean()
+        size = ((end - start).norm(dim=-1) / start.norm(dim=-1)).mean()
+        np.testing.assert_allclose(getattr(result, f"{name}_change")[1], [cosine, size], rtol=1e-5)
+    inner = seen["mlp.act_fn"] * seen["mlp.up_proj"]
+    importance = inner[0][visual].abs().mean(0) * layer.mlp.down_proj.weight.norm(dim=0)
+    assert result.neurons.shape == (LAYERS, NEURONS)
+    np.testing.assert_allclose(result.neurons[1], importance.detach(), rtol=1e-5)
+
+
+def test_the_model_is_left_as_it_was():
+    model = make_model()
+    sample = make_sample(model)
+    inputs = {k: v for k, v in sample.items() if k != "labels"}
+    before = model(**inputs).logits
+    hooks = sum(len(m._forward_pre_hooks) for m in model.modules())
+    calibrate(model, [sample])
+    with pytest.raises(SampleError):
+        calibrate(model, [sample, make_sample(model, (5,), 2) | {"pixel_values": None}])
+    assert model.model.language_model.config._attn_implementation == "sdpa"
+    assert sum(len(m._forward_pre_hooks) for m in model.modules()) == hooks
+    assert torch.equal(model(**inputs).logits, before)
+
+
+def test_a_sample_without_an_answer_gets_the_models_own():
+    model = make_model()
+    prompt = make_sample(model, answer=0)
+    given = answered(model, prompt, 3)
+    tokens = model.generate(**prompt, do_sample=False, max_new_tokens=3)
+    assert torch.equal(given["input_ids"], tokens)
+    assert torch.equal(given["labels"][0, -3:], tokens[0, -3:])
+    assert answer_rows(given).tolist() == list(range(tokens.shape[1] - 4, tokens.shape[1] - 1))
+    np.testing.assert_array_equal(calibrate(model, [prompt], max_new_tokens=3).ratios, calibrate(model, [given]).ratios)
+
+
+def test_votes_are_of_samples_and_the_majority_decides():
+    ratios = np.array([[[0.3, 0.1, 0.2]] * 3, [[0.3, 0.1, 0.0]] * 3, [[0.0, 0.3, 0.2]] * 3], dtype=np.float32)
+    model = make_model()
+    result = calibrate(model, make_samples(model))
+    result = Calibration(**{**vars(result), "ratios": ratios})
+    assert result.votes(0.2).tolist() == (ratios > 0.2).tolist()
+    assert result.elected(0.2).tolist() == [[True] * 3, [True] * 3, [True, False, False]]
+    assert result.elected(0.15, whole=()).tolist() == [[True, False, True]] * 3
+
+
+def test_the_file_is_what_patch_takes_for_head_scores(tmp_path):
+    model = make_model()
+    result = calibrate(model, make_samples(model), out=tmp_path / "a.safetensors", data="random")
+    loaded = Calibration.load(tmp_path / "a.safetensors")
+    for name in ("heads", "ratios", "text_mass", "attention_change", "ffn_change", "neurons"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(result, name))
+    assert loaded.metadata == result.metadata and loaded.metadata["data"] == "random"
+    np.testing.assert_array_equal(load_heads(tmp_path / "a.safetensors"), result.heads)
+    assert result.heads.shape == (LAYERS, HEADS) and result.heads.dtype == np.float32
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_another_file_is_refused(tmp_path):
+    save_file({"heads": np.ones((2, 4), np.float32)}, tmp_path / "heads.safetensors")
+    (tmp_path / "text.safetensors").write_text("no")
+    for name in ("heads.safetensors", "text.safetensors", "none.safetensors"):
+        with pytest.raises(PlanError, match=f"calibration: .*{name}: expected a file that calibrate wrote"):
+            Calibration.load(tmp_path / name)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kill_at", [1, 3])
+def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, monkeypatch, kill_at):
+    monkeypatch.setattr(running, "_SAVE_SECONDS", 0)
+    model = make_model()
+    samples, out = make_samples(model, 5), tmp_path / "a.safetensors"
+
+    def kill(done):
+        if done == kill_at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        calibrate(model, samples, out=out, on_sample=kill)
+    steps = []
+    resumed = calibrate(model, samples, out=out, on_sample=steps.append)
+    assert steps == list(range(kill_at + 1, 6))
+    whole = calibrate(model, samples)
+    for name in ("heads", "ratios", "text_mass", "attention_change", "ffn_change", "neurons"):
+        np.testing.assert_array_equal(getattr(resumed, name), getattr(whole, name))
+
+
+def test_sums_of_other_samples_or_another_model_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "_SAVE_SECONDS", 0)
+    model = make_model()
+    samples, out = make_samples(model, 3), tmp_path / "a.safetensors"
+
+    def kill(done):
+        raise Killed
+
+    with pytest.raises(Killed):
+        calibrate(model, samples, out=out, on_sample=kill)
+    with pytest.raises(SampleError, match="is of other samples"):
+        calibrate(model, samples[1:], out=out)
+    with pytest.raises(SampleError, match="is of a run with another weights"):
+        calibrate(make_model(seed=1), samples, out=out)
+
+
+def test_what_cannot_be_measured_is_refused():
+    model = make_model()
+    sample = make_sample(model)
+    with pytest.raises(SampleError, match="samples: got none"):
+        calibrate(model, [])
+    with pytest.raises(SampleError, match="sample 1: got no visual tokens"):
+        calibrate(model, [sample, make_sample(model, (5,), 2) | {"pixel_values": None}])
+    with pytest.raises(SampleError, match="sample 0: got an empty answer"):
+        calibrate(model, [sample | {"labels": torch.full_like(sample["labels"], -100)}])
+    with pytest.raises(SampleError, match="sample 0: input_ids: got 2 sequences"):
+        calibrate(model, [{name: value.repeat(2, *[1] * (value.dim() - 1)) for name, value in sample.items()}])
+    with pytest.raises(PatchError, match="got a patched model"), vis_sparse.patched(model, "dense"):
+        calibrate(model, [sample])
+
+
+def write_image(path):
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(path)
+
+
+def test_records_of_a_jsonl_file(tmp_path):
+    write_image(tmp_path / "a.png")
+    rows = [{"image": "a.png", "question": "what?", "answer": "red"}, {"image": "a.png", "question": "why?"}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = read_records(tmp_path / "data.jsonl")
+    assert (first.image, first.question, first.answer) == (tmp_path / "a.png", "what?", "red")
+    assert second.answer is None
+    assert len(records(str(tmp_path / "data.jsonl"), 1, None)) == 1
+    with pytest.raises(SampleError, match="samples: got 3, expected at most the 2"):
+        records(str(tmp_path / "data.jsonl"), 3, None)
+
+
+def test_records_of_a_folder_come_by_name(tmp_path):
+    for name in ("b.png", "a.jpg", "c.txt"):
+        write_image(tmp_path / "x.png")
+        (tmp_path / "x.png").rename(tmp_path / name)
+    found = [(record.image.name, record.question) for record in read_records(tmp_path, "what?")]
+    assert found == [("a.jpg", "what?"), ("b.png", "what?")]
+    with pytest.raises(SampleError, match="prompt: got none"):
+        read_records(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "row 1: expected a JSON object"),
+        ('{"question": "what?"}', "row 1: expected image and question"),
+        ('{"image": "a.png", "question": "what?"}', "row 1: image: got .*a.png', expected an existing file"),
+        ("[]", "row 1: expected image and question"),
+    ],
+)
+def test_broken_data_is_refused_by_row(tmp_path, line, message):
+    (tmp_path / "data.jsonl").write_text(line + "\n")
+    with pytest.raises(SampleError, match=message):
+        list(read_records(tmp_path / "data.jsonl"))
+
+
+def test_unknown_data_is_refused(tmp_path):
+    with pytest.raises(SampleError, match="expected a .jsonl or .parquet file, an image folder, or tiny-train"):
+        records("tiny-test", 4, None)
+    with pytest.raises(SampleError, match="expected an image folder or a .jsonl or .parquet file"):
+        read_records(tmp_path / "data.csv")

@@ -1,0 +1,75 @@
+"""`vis-sparse calibrate`: what a model's visual tokens need, measured on samples and written to one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .calibration import Calibration, calibrate
+from .cli_data import TINY, records
+from .cli_options import JsonOption, report
+from .eval.progress import progress
+from .heatmap import draw_heads
+
+DataOption = Annotated[
+    str,
+    typer.Option(
+        metavar="D",
+        help=f"A .jsonl or .parquet file with image, question and perhaps answer, an image folder (with --prompt), "
+        f"or {TINY}: training images of the shipped tiny LLaVA.",
+    ),
+]
+CheckpointOption = Annotated[str, typer.Option("--model", metavar="M", help="A transformers checkpoint or its name.")]
+SamplesOption = Annotated[int, typer.Option(min=1, help="Samples to use.")]
+PromptOption = Annotated[str | None, typer.Option(help="The question to every image of a folder.")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, ...")]
+
+
+def calibrate_command(
+    model: CheckpointOption,
+    data: DataOption,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The .safetensors file to write.")],
+    samples: SamplesOption = 64,
+    prompt: PromptOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the model's own answer, where data has none.")] = 16,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+    json_file: JsonOption = None,
+) -> None:
+    """Measure who reads visual tokens and what layers do to them. Stopped and started again, it goes on."""
+    from .cli_model import load_model
+    from .samples import encode
+
+    chosen = records(data, samples, prompt)
+    loaded, processor = load_model(model, dtype, device)
+    with progress("calibrating") as step:
+        result = calibrate(
+            loaded,
+            (encode(processor, record) for record in chosen),
+            max_new_tokens=max_new_tokens,
+            out=out,
+            on_sample=lambda done: step(done, len(chosen)),
+            data=Path(data).name,
+        )
+    report(_summary(result, out), json_file, lambda console: _draw(console, result, out))
+
+
+def _summary(calibration: Calibration, out: Path) -> dict:
+    return {
+        "file": str(out),
+        "samples": calibration.num_samples,
+        **calibration.metadata,
+        "head_scores": calibration.heads.tolist(),
+        "text_mass": calibration.text_mass.tolist(),
+        "attention_change": calibration.attention_change.tolist(),
+        "ffn_change": calibration.ffn_change.tolist(),
+    }
+
+
+def _draw(console: Console, calibration: Calibration, out: Path) -> None:
+    draw_heads(console, calibration.heads)
+    console.print(f"{calibration.num_samples} samples, written to {out}", soft_wrap=True)

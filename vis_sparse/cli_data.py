@@ -1,0 +1,40 @@
+"""Data of the commands `calibrate` and `search` by name: files, folders, and what is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from .records import Record, SampleError, read_records
+
+TINY = "tiny-train"
+
+
+def records(data: str, count: int, prompt: str | None) -> list[Record]:
+    """The first `count` records of `data`: a .jsonl or .parquet file, an image folder with one prompt, or "tiny-train",
+    the training images of the shipped tiny LLaVA, all kinds of questions in turn."""
+    if data == TINY:
+        return list(islice(_tiny(), count))
+    if not Path(data).exists():
+        raise SampleError(f"data: got {data!r}, expected a .jsonl or .parquet file, an image folder, or {TINY}")
+    found = list(islice(read_records(data, prompt), count))
+    if len(found) < count:
+        raise SampleError(f"samples: got {count}, expected at most the {len(found)} of {data}")
+    return found
+
+
+def _tiny() -> Iterator[Record]:
+    import numpy as np
+
+    from .eval.tiny.data import easy_vqa_scenes, grid_scene
+
+    rng = np.random.default_rng(0)
+    shapes = easy_vqa_scenes("train")
+    while True:
+        scene = shapes[rng.integers(len(shapes))]
+        asked = [scene.questions[rng.integers(len(scene.questions))]]
+        # one question of a grid, so that samples share no image: place, count, exists
+        asked += [grid_scene(rng, 3).questions[kind] for kind in range(3)]
+        for question in asked:
+            yield Record(question.image, question.text, question.answer)

@@ -1,0 +1,97 @@
+"""Running sums over samples, and the file in which they survive an interruption."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from .records import SampleError
+
+_SAVE_SECONDS = 10.0
+_SUM = "sum/"
+
+
+def write_tensors(path: str | Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write a safetensors file at once: an interruption leaves the old file, or none."""
+    path = Path(path)
+    new = path.with_name(path.name + ".new")
+    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, new, metadata)
+    os.replace(new, path)
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file."""
+    with safe_open(path, "np") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+class Sums:
+    """Float64 sums of a profile's arrays over samples, in order, so that a run that goes on gives the same numbers.
+
+    partial: the file that is rewritten every few seconds, None for none. facts: what must be equal for a run to go on
+    from it. keep: the array whose values of each sample are kept too (float32).
+    """
+
+    def __init__(self, partial: str | Path | None, facts: dict[str, str], keep: str):
+        self._partial = None if partial is None else Path(partial)
+        self._facts, self._keep, self._saved = facts, keep, time.monotonic()
+        self._sums: dict[str, np.ndarray] = {}
+        self._kept: list[np.ndarray] = []
+        self._digest, self._resumed, self._resumed_digest = "", 0, ""
+        if self._partial is not None and self._partial.is_file():
+            self._load()
+
+    @property
+    def done(self) -> int:
+        return len(self._kept)
+
+    def _load(self) -> None:
+        tensors, metadata = read_tensors(self._partial)
+        changed = sorted(name for name, value in self._facts.items() if metadata.get(name) != value)
+        if changed:
+            raise SampleError(
+                f"partial: {self._partial} is of a run with another {', '.join(changed)}, expected the same run "
+                "(remove the file to start again)"
+            )
+        self._kept = list(tensors.pop(self._keep))
+        self._sums = {name.removeprefix(_SUM): array for name, array in tensors.items()}
+        self._resumed, self._resumed_digest = len(self._kept), metadata["digest"]
+
+    def knows(self, index: int, sample: dict) -> bool:
+        """Whether the sample was measured before an interruption. To be asked once for every sample, in order."""
+        from .fingerprint import of_sample
+        self._digest = of_sample(sample, self._digest)
+        if index + 1 == self._resumed and self._digest != self._resumed_digest:
+            raise SampleError(
+                f"partial: {self._partial} is of other samples, expected the same ones (remove the file to start again)"
+            )
+        return index < self._resumed
+
+    def add(self, profile: dict[str, np.ndarray]) -> None:
+        """Add the arrays of the sample that `knows` was asked about last."""
+        self._kept.append(profile[self._keep].astype(np.float32))
+        for name, value in profile.items():
+            self._sums[name] = self._sums.get(name, 0) + value
+        if self._partial is not None and time.monotonic() - self._saved >= _SAVE_SECONDS:
+            sums = {_SUM + name: total for name, total in self._sums.items()}
+            write_tensors(self._partial, sums | {self._keep: self.kept}, self._facts | {"digest": self._digest})
+            self._saved = time.monotonic()
+
+    @property
+    def kept(self) -> np.ndarray:
+        """(samples, ...) float32 values of the kept array."""
+        return np.stack(self._kept)
+
+    def means(self) -> dict[str, np.ndarray]:
+        """float32 means over the samples, by name."""
+        return {name: (total / self.done).astype(np.float32) for name, total in self._sums.items()}
+
+    def forget(self) -> None:
+        """Remove the partial file: its run is complete and its result is safe."""
+        if self._partial is not None:
+            self._partial.unlink(missing_ok=True)
