@@ -26,9 +26,12 @@ def demo_command(
     except ModuleNotFoundError as error:
         typer.echo(f"vis-sparse: demo: {error.name} is missing, expected pip install 'vis_sparse[demo]'", err=True)
         raise typer.Exit(2) from None
+    from transformers.utils.logging import disable_progress_bar
+
     from .progress import progress
     from .tables import draw_demo
 
+    disable_progress_bar()  # of loading weights, over in a moment
     with progress("answering and timing") as on_step:
         results = run_demo(questions, on_step)
     out.mkdir(parents=True, exist_ok=True)

@@ -55,13 +55,12 @@ def _accuracy(results: dict) -> str:
         for row in results["plans"]
     ]
     rows.append(_row("blind", [percent(results["blind"][kind]) for kind in kinds] + [""], "quiet"))
-    counts = ", ".join(f"{count} of “{KIND_NAMES.get(kind, kind)}”" for kind, count in results["questions"].items())
     return f"""<section aria-labelledby="accuracy"><h2 id="accuracy">Answers</h2>
 <table><caption>Questions answered exactly, in percent; last, the same answer as dense</caption>
 <thead><tr><th scope="col">plan</th>{heads}<th scope="col">same as dense</th></tr></thead>
 <tbody>{"".join(rows)}</tbody></table>
-<p class="note">{counts}. With so few, one standard error is up to {_largest_error(results):.1f} points.
-<b>blind</b> is the same model when text reads no visual token: a score near it says nothing about seeing.</p>
+<p class="note">{max(results["questions"].values())} held-out questions of each kind: one standard error is up to
+{_largest_error(results):.1f} points. <b>blind</b> is the same model when text reads no visual token: a score near it says nothing about seeing.</p>
 </section>"""
 
 
@@ -187,7 +186,8 @@ def _how(results: dict) -> str:
 {escape(machine["cpu"])}, {machine["threads"]} threads, device {escape(machine["device"])}; vis_sparse
 {versions["vis_sparse"]}, torch {versions["torch"]}, transformers {versions["transformers"]},
 Python {versions["python"]}. FLOPs count a multiply-add as two; “all” adds the text tokens; vision tower, projector and
-LM head are the same under every plan and left out, of the time too.</p>
+LM head are the same under every plan and left out, of the time too. Where a plan keeps only some heads, they are those
+with the highest scores of a calibration, shipped with the checkpoint.</p>
 </section>"""
 
 

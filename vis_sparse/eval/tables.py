@@ -62,7 +62,7 @@ def draw_demo(console: Console, results: dict) -> None:
     table.add_row("blind", *(percent(results["blind"][kind]) for kind in kinds), "", style="bright_black")
     console.print(table)
     asked = " + ".join(str(count) for count in results["questions"].values())
-    note = f"{asked} held-out questions; blind: text reads no visual token; = dense: the same answer as dense\n"
+    note = f"{asked} held-out questions. blind: text reads no visual token. = dense: same answer as dense\n"
     console.print(note, style="bright_black", highlight=False)
 
     headings = ("plan", "visual FLOPs", "all FLOPs", "KV cache", "prefill", "range", "speed-up")
