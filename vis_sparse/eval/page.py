@@ -60,7 +60,8 @@ def _accuracy(results: dict) -> str:
 <thead><tr><th scope="col">plan</th>{heads}<th scope="col">same as dense</th></tr></thead>
 <tbody>{"".join(rows)}</tbody></table>
 <p class="note">{max(results["questions"].values())} held-out questions of each kind: one standard error is up to
-{_largest_error(results):.1f} points. <b>blind</b> is the same model when text reads no visual token: a score near it says nothing about seeing.</p>
+{_largest_error(results):.1f} points. <b>blind</b> is the same model when text reads no visual token: a score near it
+says nothing about seeing.</p>
 </section>"""
 
 
