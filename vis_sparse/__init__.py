@@ -25,6 +25,7 @@ _EXPORTS = {
     "inspect": "patches",
     "use_layout": "patches",
     "PatchError": "patches.errors",
+    "load_internvl2": "internvl2",
 }
 __all__ = sorted(_EXPORTS)
 __version__ = "0.1.0"

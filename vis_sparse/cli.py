@@ -12,10 +12,12 @@ import typer
 from typer.core import TyperGroup
 
 from .cli_calibrate import calibrate_command
+from .cli_convert import convert_command
 from .cli_flops import flops_command
 from .cli_plan import plan_app
 from .eval.bench import bench_command
 from .eval.demo import demo_command
+from .internvl2_errors import CheckpointError
 from .layout import LayoutError
 from .plan import PlanError
 from .records import SampleError
@@ -28,7 +30,7 @@ class _OneLineErrors(TyperGroup):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except (PlanError, LayoutError, ShapeError, SampleError) as error:
+        except (PlanError, LayoutError, ShapeError, SampleError, CheckpointError) as error:
             _refuse(error)
         except ValueError as error:
             from .patches.errors import PatchError  # torch comes with it, so not for the errors above
@@ -55,4 +57,7 @@ app.command("bench", epilog="Example: vis-sparse bench --model llava-1.5-7b --la
 app.command("demo", epilog="Example: vis-sparse demo --questions 100")(demo_command)
 app.command("calibrate", epilog="Example: vis-sparse calibrate --model DIR --data tiny-train --out calib.safetensors")(
     calibrate_command
+)
+app.command("convert-internvl2", epilog="Example: vis-sparse convert-internvl2 InternVL2-8B InternVL2-8B-hf")(
+    convert_command
 )
