@@ -89,6 +89,11 @@ class TextPattern(_Pattern):
         return same and self.query_columns.shape[1] > 1 and self.blind is None and bool(self.slots.valid.all())
 
     @cached_property
+    def is_visual(self) -> torch.Tensor:
+        """(batch, S) bool: the slots of visual tokens."""
+        return on_device(self.slots.is_visual & self.slots.valid, self.device)
+
+    @cached_property
     def mask(self) -> Mask | None:
         """(batch, 1 or heads, Q, S); None if every query reads every key."""
         if not self.query_columns.size:

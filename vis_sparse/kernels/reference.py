@@ -29,6 +29,17 @@ def visual_attention(
     return attention(query[None], flat_key, flat_value, pattern.dense_mask.allowed, scale)[0]
 
 
+def attention_mass(query: torch.Tensor, key: torch.Tensor, pattern: TextPattern, scale: float) -> torch.Tensor:
+    """The share of each text query's attention that falls on visual keys, in every head.
+
+    query (batch, Q, heads, head_dim); key (batch, S, kv_heads, head_dim). Returns (batch, Q, heads); 0 for a padding
+    query that reads nothing.
+    """
+    is_visual = pattern.is_visual.to(query.dtype)[:, :, None, None].expand(-1, -1, key.shape[2], 1)
+    allowed = None if pattern.mask is None else pattern.mask.allowed
+    return attention(query, key, is_visual, allowed, scale)[..., 0]
+
+
 def attention(query, key, value, allowed: torch.Tensor | None, scale: float) -> torch.Tensor:
     """Softmax attention over the keys that `allowed` (bool, broadcastable to batch, heads, Q, S) lets through."""
     groups = query.shape[2] // key.shape[2]

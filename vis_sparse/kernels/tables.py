@@ -63,15 +63,11 @@ def run_tables(pattern: Pattern, block: int) -> RunTables:
         for start in range(first, first + count, block):
             own = columns[start : min(start + block, first + count)]
             blocks.append((sample, start, len(own), own.min(), own.max()))
-    pairs = sum(
-        min(block, count) * int(np.clip(last - runs[offsets[s] : offsets[s + 1], 2] + 1, 0, _lengths(runs, offsets, s)).sum())
-        for s, _, count, _, last in blocks
-    )
+    pairs = 0
+    for sample, _, count, _, last in blocks:
+        _, lengths, first_columns, _ = runs[offsets[sample] : offsets[sample + 1]].T
+        pairs += count * int(np.clip(last - first_columns + 1, 0, lengths).sum())
     return RunTables(*(_table(t, device) for t in (columns, np.array(blocks).reshape(-1, 5), offsets, runs)), pairs)
-
-
-def _lengths(runs, offsets, sample):
-    return runs[offsets[sample] : offsets[sample + 1], 1]
 
 
 def key_blocks(pattern: Pattern, block: int) -> torch.Tensor:
@@ -97,29 +93,32 @@ def key_blocks(pattern: Pattern, block: int) -> torch.Tensor:
 
 
 def near_tables(pattern: VisualPattern, positions: int) -> NearTables:
-    """For a neighbourhood, in tiles of `positions` queries (a power of two), of the shape that walks the fewest pairs."""
+    """For a neighbourhood, in tiles of `positions` queries (a power of two)."""
     segments, runs = _segments(pattern)
-    shapes = [(1 << i, positions >> i) for i in range(positions.bit_length())]
-    near = pattern.attention
-    sides = min(shapes, key=lambda sides: (_walked(near, segments, runs, sides), abs(sides[0] - sides[1])))
-    tiles = grid_tiles(segments, sides)
-    pairs = _walked(near, segments, runs, sides)
-    return NearTables(*(_table(t, pattern.device) for t in (tiles, segments, runs)), sides, pairs)
+    sides = _best_sides(pattern.attention, segments, runs, positions)
+    tables = (_table(t, pattern.device) for t in (grid_tiles(segments, sides), segments, runs))
+    return NearTables(*tables, sides, _walked(pattern.attention, segments, runs, sides))
 
 
 def key_tiles(pattern: VisualPattern, positions: int) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Tiles of the grids as keys, (tiles, 4) as in `NearTables`, and their sides."""
+    """Tiles of `positions` keys, (tiles, 4) as in `NearTables`, and their sides."""
     segments, runs = _segments(pattern)
-    shapes = [(1 << i, positions >> i) for i in range(positions.bit_length())]
-    sides = min(shapes, key=lambda sides: (_walked(pattern.attention, segments, runs, sides), abs(sides[0] - sides[1])))
+    sides = _best_sides(pattern.attention, segments, runs, positions)
     return _table(grid_tiles(segments, sides), pattern.device), sides
+
+
+def _best_sides(near: Neighborhood, segments, runs, positions: int) -> tuple[int, int]:
+    """Height and width, powers of two, of the tiles of `positions` that walk the fewest pairs; square ones first."""
+    shapes = [(1 << i, positions >> i) for i in range(positions.bit_length())]
+    return min(shapes, key=lambda sides: (_walked(near, segments, runs, sides), abs(sides[0] - sides[1])))
 
 
 def grid_tiles(segments: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
     """(tiles, 4): segment, frame, first row, first column of every tile of every grid."""
     found = [np.zeros((0, 4), dtype=np.int64)]
     for index, (frames, height, width) in enumerate(segments[:, 3:6]):
-        t, y, x = np.meshgrid(np.arange(frames), np.arange(0, height, sides[0]), np.arange(0, width, sides[1]), indexing="ij")
+        axes = np.arange(frames), np.arange(0, height, sides[0]), np.arange(0, width, sides[1])
+        t, y, x = np.meshgrid(*axes, indexing="ij")
         found.append(np.stack([np.full(t.size, index), t.ravel(), y.ravel(), x.ravel()], axis=1))
     return np.concatenate(found)
 

@@ -27,6 +27,12 @@ def visual_attention(
     return out if tiles.position is None else out.index_select(0, tiles.position)
 
 
+def attention_mass(query: torch.Tensor, key: torch.Tensor, pattern: TextPattern, scale: float) -> torch.Tensor:
+    """As `reference.attention_mass`: attention over values that are 1 at visual keys, so that no matrix is formed."""
+    is_visual = pattern.is_visual.to(query.dtype)[:, :, None, None].expand(-1, -1, -1, key.shape[3]).contiguous()
+    return text_attention(query, key, is_visual.expand(-1, -1, key.shape[2], -1), pattern, scale)[..., 0]
+
+
 def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.index_select(0, index.flatten()).unflatten(0, index.shape)
 

@@ -43,7 +43,7 @@ def visual_attention(
     columns = blocks = tiles = None
     sides = (1, 1)
     if _wants_gradients(query, key, value):
-        block = tuning.gradient_blocks(head_dim, size).keys
+        block = tuning.key_gradient_blocks(head_dim, size, tuning.device_of(query)).keys
         columns, blocks = pattern.derive(_query_columns), pattern.derive(key_blocks, block)
         tiles, sides = pattern.derive(key_tiles, block)
     rule = (near.radius, near.frames, near.stride, int(near.direction == "causal"))
@@ -69,7 +69,7 @@ def attention_mass(query: torch.Tensor, key: torch.Tensor, pattern: TextPattern,
 def _runs(query, key, value, pattern, scale: float, blind, queries: int) -> torch.Tensor:
     """Causal attention of rows over the pattern's slots; `queries`: rows of a sample."""
     query, key, value = _checked(query, key, value)
-    (rows, heads, head_dim), (samples, slots, kv_heads, _) = query.shape, key.shape
+    (_, heads, head_dim), (samples, slots, kv_heads, _) = query.shape, key.shape
     size, device, group = query.element_size(), tuning.device_of(query), heads // kv_heads
     packed, splits = 1, 1
     config = tuning.run_blocks(head_dim, size, device)
@@ -81,9 +81,8 @@ def _runs(query, key, value, pattern, scale: float, blind, queries: int) -> torc
     tables = pattern.derive(run_tables, config.queries)
     query_blocks = blocks = None
     if _wants_gradients(query, key, value):
-        gradient = tuning.gradient_blocks(head_dim, size)
-        query_blocks = pattern.derive(run_tables, gradient.queries).blocks
-        blocks = pattern.derive(key_blocks, gradient.keys)
+        query_blocks = pattern.derive(run_tables, tuning.query_gradient_blocks(head_dim, size, device).queries).blocks
+        blocks = pattern.derive(key_blocks, tuning.key_gradient_blocks(head_dim, size, device).keys)
     out, _ = triton_ops.runs(
         query, key, value, tables.columns, tables.blocks, tables.offsets, tables.runs, blind, query_blocks, blocks,
         scale, config, (packed, splits, slots_a_split), tables.pairs,

@@ -47,15 +47,15 @@ def mass_forward(
     row = tl.arange(0, BLOCK_Q)
     present = row < count
     column = tl.load(columns_ptr + first_row + row, mask=present, other=-1)
-    query = load_rows(q_ptr + first_row * stride_qm + head * stride_qh, row * stride_qm, present, HEAD_DIM, BLOCK_D, False)
+    query = load_rows(
+        q_ptr + first_row * stride_qm + head * stride_qh, row * stride_qm, present, HEAD_DIM, BLOCK_D, False
+    )
     key_base = k_ptr + sample.to(tl.int64) * stride_kb + head // GROUP * stride_kh
     top = tl.full([BLOCK_Q], NOTHING, dtype=tl.float32)
     total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     visual = tl.zeros([BLOCK_Q], dtype=tl.float32)
     for run in range(tl.load(offsets_ptr + sample), tl.load(offsets_ptr + sample + 1)):
-        low, full, high, shift, is_visual = run_bounds(
-            runs_ptr, run, first_column, last_column, 0, 2147483647, BLOCK_N
-        )
+        low, full, high, shift, is_visual = run_bounds(runs_ptr, run, first_column, last_column, 0, 2147483647, BLOCK_N)
         if HAS_BLIND:
             high = tl.where(is_visual * tl.load(blind_ptr + head) > 0, low, high)
             full = tl.minimum(full, high)

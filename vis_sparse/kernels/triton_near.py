@@ -127,7 +127,9 @@ def near_forward(
     head = kv_head * GROUP + member
     present = (q_y < height) & (q_x < width) & (member < GROUP)
     row = (t * height + q_y) * width + q_x
-    query = load_rows(q_ptr + first_row * stride_qm, row * stride_qm + head * stride_qh, present, HEAD_DIM, BLOCK_D, False)
+    query = load_rows(
+        q_ptr + first_row * stride_qm, row * stride_qm + head * stride_qh, present, HEAD_DIM, BLOCK_D, False
+    )
     key_base = k_ptr + sample * stride_kb + kv_head * stride_kh
     value_base = v_ptr + sample * stride_vb + kv_head * stride_vh
 
@@ -187,7 +189,9 @@ def near_query_gradient(
     head = kv_head * GROUP + member
     present = (q_y < height) & (q_x < width) & (member < GROUP)
     row = (t * height + q_y) * width + q_x
-    query = load_rows(q_ptr + first_row * stride_qm, row * stride_qm + head * stride_qh, present, HEAD_DIM, BLOCK_D, False)
+    query = load_rows(
+        q_ptr + first_row * stride_qm, row * stride_qm + head * stride_qh, present, HEAD_DIM, BLOCK_D, False
+    )
     at, first = row * num_heads + head, first_row * num_heads
     grad_out = load_rows(grad_out_ptr + first * HEAD_DIM, at * HEAD_DIM, present, HEAD_DIM, BLOCK_D, False)
     lse, delta = load_statistics(lse_ptr + first, delta_ptr + first, at, present)
@@ -242,7 +246,9 @@ def near_key_gradient(
     k_y, k_x = y + place // TILE_X, x + place % TILE_X
     present = (k_y < height) & (k_x < width)
     slot = first_slot + (t * height + k_y) * width + k_x
-    key = load_rows(k_ptr + sample * stride_kb + kv_head * stride_kh, slot * stride_ks, present, HEAD_DIM, BLOCK_D, False)
+    key = load_rows(
+        k_ptr + sample * stride_kb + kv_head * stride_kh, slot * stride_ks, present, HEAD_DIM, BLOCK_D, False
+    )
     value = load_rows(
         v_ptr + sample * stride_vb + kv_head * stride_vh, slot * stride_vs, present, HEAD_DIM, BLOCK_D, False
     )
@@ -273,9 +279,7 @@ def near_key_gradient(
                 RADIUS, STRIDE, CAUSAL,
             )  # fmt: skip
             scores = tl.where(allowed, scores, NOTHING)
-            grad_key, grad_value = key_gradient_step(
-                scores, query, value, grad_out, lse, delta, grad_key, grad_value
-            )
+            grad_key, grad_value = key_gradient_step(scores, query, value, grad_out, lse, delta, grad_key, grad_value)
     at = ((sample * slots + slot) * kv_heads + kv_head) * HEAD_DIM
     store_rows(grad_k_ptr, at, grad_key * scale, present, HEAD_DIM, BLOCK_D)
     store_rows(grad_v_ptr, at, grad_value, present, HEAD_DIM, BLOCK_D)

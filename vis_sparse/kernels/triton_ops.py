@@ -90,10 +90,10 @@ def runs_backward(
     scale: float,
     pairs: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value. `blocks` are of `tuning.gradient_blocks`' size."""
+    """Gradients of query, key and value. `blocks` are of `tuning.query_gradient_blocks`' size."""
     grad_out, delta = _delta(grad_out, out)
     grads = _like(query), _zeros(key), _zeros(value)
-    config = tuning.gradient_blocks(query.shape[2], query.element_size())
+    config = tuning.query_gradient_blocks(query.shape[2], query.element_size(), tuning.device_of(query))
     if len(blocks):
         triton_runs.runs_query_gradient[len(blocks), query.shape[1]](
             query, key, value, grad_out, lse, delta, grads[0], columns, blocks, offsets, run_table, blind,
@@ -104,8 +104,12 @@ def runs_backward(
     return grads
 
 
+def _key_config(query: Tensor) -> Blocks:
+    return tuning.key_gradient_blocks(query.shape[2], query.element_size(), tuning.device_of(query))
+
+
 def _key_gradient_of_runs(query, key, value, grad_out, lse, delta, grads, columns, key_blocks, blind, scale):
-    config = tuning.gradient_blocks(query.shape[2], query.element_size())
+    config = _key_config(query)
     if not len(key_blocks):
         return
     triton_runs.runs_key_gradient[len(key_blocks), key.shape[2]](
@@ -177,7 +181,7 @@ def near_backward(
     grad_out, delta = _delta(grad_out, out)
     grads = _like(query), _zeros(key), _zeros(value)
     strides = (*query.stride()[:2], *key.stride()[:3], *value.stride()[:3])
-    tile_config, key_config = Blocks(*config), tuning.gradient_blocks(query.shape[2], query.element_size())
+    tile_config, key_config = Blocks(*config), _key_config(query)
     triton_near.near_query_gradient[len(tiles), key.shape[2]](
         query, key, value, grad_out, lse, delta, grads[0], tiles, segments, run_table, *strides, scale, scale * _LOG2E,
         BLOCK_N=tile_config.keys, **_tile(query, key, rule, sides), **_common(query, key, tile_config),

@@ -109,7 +109,9 @@ def runs_forward(
     num_heads = tl.num_programs(1) * HEADS
     present = (row < count) & (member < HEADS)
     column = tl.load(columns_ptr + first_row + row, mask=row < count, other=-1)
-    query = load_rows(q_ptr + first_row * stride_qm, row * stride_qm + head * stride_qh, present, HEAD_DIM, BLOCK_D, False)
+    query = load_rows(
+        q_ptr + first_row * stride_qm, row * stride_qm + head * stride_qh, present, HEAD_DIM, BLOCK_D, False
+    )
     blind = 0
     if HAS_BLIND:
         blind = tl.load(blind_ptr + head, mask=present, other=0)
@@ -175,8 +177,8 @@ def combine(
 @triton.jit
 def runs_query_gradient(
     q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_q_ptr, columns_ptr, blocks_ptr, offsets_ptr, runs_ptr,
-    blind_ptr, stride_qm, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, scale, scale_log2,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    blind_ptr, stride_qm, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    scale, scale_log2, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_BLIND: tl.constexpr,
 ):  # fmt: skip
     """Gradient of queries, one head a program. grad_out and grad_q are contiguous (rows, heads, HEAD_DIM)."""
@@ -190,7 +192,9 @@ def runs_query_gradient(
     row = tl.arange(0, BLOCK_Q)
     present = row < count
     column = tl.load(columns_ptr + first_row + row, mask=present, other=-1)
-    query = load_rows(q_ptr + first_row * stride_qm + head * stride_qh, row * stride_qm, present, HEAD_DIM, BLOCK_D, False)
+    query = load_rows(
+        q_ptr + first_row * stride_qm + head * stride_qh, row * stride_qm, present, HEAD_DIM, BLOCK_D, False
+    )
     first = first_row * num_heads + head
     at = row * num_heads
     grad_out = load_rows(grad_out_ptr + first * HEAD_DIM, at * HEAD_DIM, present, HEAD_DIM, BLOCK_D, False)
@@ -199,9 +203,7 @@ def runs_query_gradient(
     value_base = v_ptr + sample.to(tl.int64) * stride_vb + head // GROUP * stride_vh
     acc = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     for run in range(tl.load(offsets_ptr + sample), tl.load(offsets_ptr + sample + 1)):
-        low, full, high, shift, is_visual = run_bounds(
-            runs_ptr, run, first_column, last_column, 0, 2147483647, BLOCK_N
-        )
+        low, full, high, shift, is_visual = run_bounds(runs_ptr, run, first_column, last_column, 0, 2147483647, BLOCK_N)
         if HAS_BLIND:
             high = tl.where(is_visual * tl.load(blind_ptr + head) > 0, low, high)
             full = tl.minimum(full, high)
@@ -253,18 +255,14 @@ def runs_key_gradient(
             row = start + tl.arange(0, BLOCK_Q)
             exists = row < end
             column = tl.load(columns_ptr + row, mask=exists, other=-1)
-            query = load_rows(
-                q_ptr + head * stride_qh, row.to(tl.int64) * stride_qm, exists, HEAD_DIM, BLOCK_D, False
-            )
+            query = load_rows(q_ptr + head * stride_qh, row.to(tl.int64) * stride_qm, exists, HEAD_DIM, BLOCK_D, False)
             at = row.to(tl.int64) * num_heads + head
             grad_out = load_rows(grad_out_ptr, at * HEAD_DIM, exists, HEAD_DIM, BLOCK_D, False)
             lse, delta = load_statistics(lse_ptr, delta_ptr, at, exists)
             scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale_log2
             allowed = (first_column + index)[:, None] <= column[None, :]
             scores = tl.where(allowed & present[:, None], scores, NOTHING)
-            grad_key, grad_value = key_gradient_step(
-                scores, query, value, grad_out, lse, delta, grad_key, grad_value
-            )
+            grad_key, grad_value = key_gradient_step(scores, query, value, grad_out, lse, delta, grad_key, grad_value)
     first = (sample * slots + first_slot) * kv_heads + kv_head
     at = index * kv_heads * HEAD_DIM
     store_rows(grad_k_ptr + first * HEAD_DIM, at, grad_key * scale, present, HEAD_DIM, BLOCK_D)

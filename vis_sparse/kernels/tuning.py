@@ -53,8 +53,9 @@ def near_blocks(head_dim: int, item_size: int, group: int, programs: int, device
     if item_size == 4:
         return Blocks(max(16 // members, 1), 32 if width <= 128 else 16, 4, 1)
     if members == 1 and programs < _WAVES * device.processors:
-        return Blocks(16, 32, 2, 2)
-    return Blocks(max(64 // members, 1), 32 if width > 128 or members > 1 else 64, 4 if width <= 128 else 8, 2)
+        return Blocks(16, 32, 4, 2)
+    # four warps of an NVIDIA GPU spill here at width 128, eight of an AMD one
+    return Blocks(max(64 // members, 1), 64 if width <= 128 else 32, 8 if device.capability else 4, 2)
 
 
 def run_blocks(head_dim: int, item_size: int, device: Device) -> Blocks:
@@ -64,7 +65,8 @@ def run_blocks(head_dim: int, item_size: int, device: Device) -> Blocks:
         return Blocks(16, 32 if width <= 128 else 16, 4, 1)
     if width > 128:
         return Blocks(64, 32, 8, 2)
-    return Blocks(128, 64, 8, 2 if device.capability == 0 else 3)
+    narrow = width == 128 and (device.capability == 0 or device.capability >= 100)
+    return Blocks(128, 32 if narrow else 64, 8, 3 if device.capability else 2)
 
 
 def decode_blocks(head_dim: int, item_size: int, group: int) -> Blocks:
@@ -84,11 +86,21 @@ def decode_splits(programs: int, slots: int, device: Device) -> int:
     return max(1, min(wanted, slots // _SLOTS_A_SPLIT))
 
 
-def gradient_blocks(head_dim: int, item_size: int) -> Blocks:
-    """Backward kernels over runs, and gradients of keys: one head at a time."""
+def query_gradient_blocks(head_dim: int, item_size: int, device: Device) -> Blocks:
+    """Gradient of queries over runs."""
     width = width_block(head_dim)
-    if item_size == 4:
+    if item_size == 4 or width > 128:
+        return Blocks(16 if item_size == 4 else 32, 16 if width > 128 else 32, 4, 1)
+    if width == 128:
+        return Blocks(64, 64, 8, 1) if device.capability else Blocks(32, 64, 4, 1)
+    return Blocks(64, 64, 4, 1)
+
+
+def key_gradient_blocks(head_dim: int, item_size: int, device: Device) -> Blocks:
+    """Gradients of keys and values, over runs and in a neighbourhood: two accumulators, so fewer queries at a time."""
+    width = width_block(head_dim)
+    if item_size == 4 or width > 128:
         return Blocks(16, 16 if width > 128 else 32, 4, 1)
-    if width > 128:
-        return Blocks(32, 32, 8, 1)
-    return Blocks(64, 64, 8 if width == 128 else 4, 1)
+    if width == 128:
+        return Blocks(32, 64, 8, 1) if device.capability else Blocks(32, 32, 4, 1)
+    return Blocks(32, 64, 4, 1)

@@ -1,0 +1,107 @@
+"""Triton kernels in Triton's interpreter against the float64 reference. `test_triton.py` runs this file in processes
+of its own: whether kernels are interpreted is decided when they are defined, by TRITON_INTERPRET."""
+
+import pytest
+import torch
+
+from vis_sparse.kernels import reference, tiled, triton_backend, tuning
+from vis_sparse.kernels.tuning import Blocks
+
+from .cases import LAYOUTS, PATTERNS, errors, inputs, text_pattern, visual_pattern
+
+# small shapes: the interpreter takes milliseconds for every block
+HEADS = {"MHA": (2, 2), "GQA": (3, 1)}
+BLIND = {"none": None, "some": (True, False, True), "all": (True,) * 3}
+
+
+def visual_cases():
+    """Every layout and every pattern, not every pair of them."""
+    layouts, patterns = list(LAYOUTS), list(PATTERNS)
+    chosen = {(layouts[i % len(layouts)], pattern) for i, pattern in enumerate(patterns)}
+    chosen |= {("ragged", pattern) for pattern in patterns}
+    return sorted(chosen | {(layout, "near") for layout in layouts})
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("layout, pattern", visual_cases())
+def test_visual(layout, pattern, heads):
+    pattern = visual_pattern(layout, PATTERNS[pattern])
+    found = errors(triton_backend, pattern, inputs(pattern, *HEADS[heads], 16))
+    assert max(found.values()) <= 1e-5, found
+
+
+@pytest.mark.parametrize("blind", BLIND)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_text(layout, blind):
+    pattern = text_pattern(layout, BLIND[blind])
+    found = errors(triton_backend, pattern, inputs(pattern, 3, 3, 16))
+    assert max(found.values()) <= 1e-5, found
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize("blind", BLIND)
+def test_decode(blind, splits, monkeypatch):
+    """A head without any text to read included: the ragged batch's samples begin with padding or an image."""
+    monkeypatch.setattr(tuning, "decode_splits", lambda *_: splits)
+    for layout in ("ragged", "1xN"):
+        for queries in (1, 3):
+            pattern = text_pattern(layout, BLIND[blind], queries)
+            found = errors(triton_backend, pattern, inputs(pattern, 3, 1, 16), gradients=queries == 3)
+            assert max(found.values()) <= 1e-5, found
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
+def test_widths(head_dim):
+    for pattern in (visual_pattern("ragged", PATTERNS["near"]), text_pattern("ragged")):
+        found = errors(triton_backend, pattern, inputs(pattern, 2, 1, head_dim))
+        assert max(found.values()) <= 1e-5, found
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(dtype):
+    """No more than twice the error of torch's own attention."""
+    for pattern in (visual_pattern("primes", PATTERNS["causal"]), text_pattern("long text")):
+        tensors = inputs(pattern, 2, 1, 32, dtype)
+        ours, torchs = (errors(module, pattern, tensors) for module in (triton_backend, tiled))
+        assert all(ours[part] <= 2 * torchs[part] for part in ours), (ours, torchs)
+
+
+@pytest.mark.parametrize("positions, keys", [(64, 64), (16, 32), (8, 16), (1, 16)])
+def test_tile_sizes(positions, keys, monkeypatch):
+    monkeypatch.setattr(tuning, "near_blocks", lambda *_: Blocks(positions, keys, 4, 1))
+    for name in ("causal", "stride", "aligned"):
+        pattern = visual_pattern("ragged", PATTERNS[name])
+        found = errors(triton_backend, pattern, inputs(pattern, 3, 1, 16))
+        assert max(found.values()) <= 1e-5, found
+
+
+@pytest.mark.parametrize("blind", BLIND)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mass(layout, blind):
+    pattern = text_pattern(layout, BLIND[blind])
+    query, key, _ = inputs(pattern, 3, 1, 16)
+    expected = reference.attention_mass(query.double(), key.double(), pattern, 0.25)
+    assert (triton_backend.attention_mass(query, key, pattern, 0.25) - expected).abs().max() <= 1e-6
+
+
+def test_operators_are_registered_well():
+    """Schemas, shapes for tracing, and gradients that trace: what torch.compile relies on."""
+    captured = {}
+    pattern = visual_pattern("ragged", PATTERNS["near"])
+    operations = triton_backend.triton_ops
+    for name in ("near", "runs"):
+        original = getattr(operations, name)
+
+        def keep(*args, name=name, original=original):
+            captured[name] = args
+            return original(*args)
+
+        setattr(operations, name, keep)
+        try:
+            attended = pattern if name == "near" else text_pattern("ragged")
+            tensors = inputs(attended, 3, 1, 16)
+            call = triton_backend.visual_attention if name == "near" else triton_backend.text_attention
+            call(*tensors, attended, 0.25)
+        finally:
+            setattr(operations, name, original)
+        torch.library.opcheck(original, captured[name], test_utils=("test_schema", "test_faketensor"))
