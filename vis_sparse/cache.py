@@ -162,6 +162,7 @@ class LaneCacheLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` columns (a positive value, the older form, is the length to keep)."""
+        tokens_to_remove = int(tokens_to_remove)  # a 0-d tensor where drafts are rejected
         if self.leads:
             length = self.book.length
             self.book.crop(-tokens_to_remove if tokens_to_remove <= 0 else max(length - tokens_to_remove, 0))

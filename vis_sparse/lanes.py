@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .cache import Book, LaneCacheLayer, Store
 from .call import Call
 from .kernels import Backend
 from .plan import VisualPlan
 from .schedule import LayerWork, schedule
-from .weights import CutLinear, apply, select, unit_columns
+from .weights import CutLinear, apply, index_on, select, unit_columns
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,12 @@ class DecoderLayer:
     parts: dict[str, tuple[nn.Module, str]]
     scale: float
     fused: dict[str, range] = field(default_factory=dict)
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether the layer keeps no activations and is run again in the backward pass (no cache then)."""
+        block, _ = self.parts["input_norm"]
+        return torch.is_grad_enabled() and block.training and getattr(block, "gradient_checkpointing", False)
 
     def module(self, part: str) -> nn.Module:
         owner, name = self.parts[part]
@@ -73,8 +80,8 @@ class HeadMap:
     seen: units whose visual keys are stored, with the text queries of `seen_queries`; rest: the others.
     merge: place of every query head among seen_queries + rest_queries. blind: for each of seen_queries, whether it
     must not read visual keys; None if all may. visual_keys: for each visual query head, its place among the visual
-    key units; None if they line up group by group. value_mask: for each unit, whether its visual values count ("zero"
-    semantics); None if all do.
+    key units; None if they line up group by group. zeroed: places among the key units whose visual values count as
+    zero ("zero" semantics).
     """
 
     expand: int
@@ -86,7 +93,7 @@ class HeadMap:
     merge: tuple[int, ...]
     blind: tuple[bool, ...] | None
     visual_keys: tuple[int, ...] | None
-    value_mask: tuple[bool, ...] | None
+    zeroed: tuple[int, ...]
 
 
 def head_map(work: LayerWork, num_heads: int, num_kv_heads: int, zero: bool) -> HeadMap:
@@ -105,7 +112,7 @@ def head_map(work: LayerWork, num_heads: int, num_kv_heads: int, zero: bool) -> 
     blind = tuple(h not in readers for h in seen_queries)
     places = tuple(keys.index(h // per_unit) for h in work.query_heads)
     lined_up = places == tuple(i // per_unit for i in range(len(keys) * per_unit))
-    counts = tuple(unit * per_unit in work.value_heads for unit in keys)
+    zeroed = tuple(i for i, unit in enumerate(keys) if zero and unit * per_unit not in work.value_heads)
     return HeadMap(
         expand,
         keys,
@@ -116,7 +123,7 @@ def head_map(work: LayerWork, num_heads: int, num_kv_heads: int, zero: bool) -> 
         tuple(order.index(h) for h in heads),
         blind if any(blind) else None,
         None if lined_up else places,
-        counts if zero and not all(counts) else None,
+        zeroed,
     )
 
 
@@ -152,7 +159,7 @@ class LaneLayer:
             and "key" in self.shared
             and work.attention == "full"
             and self.heads.blind is None
-            and self.heads.value_mask is None
+            and not self.heads.zeroed
             and not self.heads.rest
         )
 
@@ -171,9 +178,9 @@ class LaneLayer:
         """Queries or keys (rows, heads, head_dim) after the layer's norm of them, if it has one."""
         return self.layer.module(f"{name}_norm")(y) if f"{name}_norm" in self.layer.parts else y
 
-    def __call__(self, x, call: Call, cos, sin, stores: tuple[Store, Store]) -> torch.Tensor:
+    def __call__(self, x, call: Call, cos, sin, cached: LaneCacheLayer | None = None) -> torch.Tensor:
         """x (text rows + visual rows, or text rows alone, hidden) -> the same after the layer. x may be reused."""
-        num_text = call.num_text
+        num_text, stores = call.num_text, (cached.seen, cached.rest) if cached else (Store(), Store())
         text, visual, both = self._project(self.layer.module("input_norm")(x), num_text, cos, sin)
         x = self._attend(x, num_text, text, visual, both, call, stores)
         return self._feed_forward(x, num_text)
@@ -232,9 +239,8 @@ class LaneLayer:
         new_visual = None
         if has_visual and heads.keys:
             values = visual["value"]
-            if heads.value_mask is not None:
-                mask = torch.tensor(heads.value_mask, device=values.device, dtype=values.dtype)
-                values = values * mask[:, None]
+            if heads.zeroed:
+                values = values.index_fill(1, index_on(heads.zeroed, values.device), 0.0)
             new_visual = {"key": call.visual_by_sample(visual["key"]), "value": call.visual_by_sample(values)}
         past_rest = rest.tensors if rest.length else None
         if heads.rest:
@@ -299,6 +305,10 @@ class LaneExecutor:
         """Bytes of weight copies made so far."""
         return sum(cut.extra_bytes for lane in self.layers for cut in lane.cuts)
 
+    @property
+    def checkpoints(self) -> bool:
+        return any(lane.layer.checkpoints for lane in self.layers)
+
     def refresh(self) -> None:
         """Bring the weight cuts up to date with the parameters; a compiled `run` needs it before."""
         for lane in self.layers:
@@ -337,9 +347,10 @@ class LaneExecutor:
                 collect.append(call.merge(hidden, x, stopped).clone())
             if index == self.last_use + 1:
                 x, stopped = x[: call.num_text], x[call.num_text :]
-            layer = cache_layers[index] if cache_layers else None
-            stores = (layer.seen, layer.rest) if layer else (Store(), Store())
-            x = lane(x, call, cos, sin, stores)
+            if lane.layer.checkpoints:
+                x = checkpoint(lane, x, call, cos, sin, use_reentrant=False)
+            else:
+                x = lane(x, call, cos, sin, cache_layers[index] if cache_layers else None)
             if index < len(added) and x.shape[0] > call.num_text:
                 x = add_rows(x, call.num_text, added[index])
         return call.merge(hidden, x, stopped)

@@ -9,6 +9,7 @@ a real device (LoRA, quantised, offloaded, sharded) is called whole and its outp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -57,7 +58,14 @@ def select(x: torch.Tensor, dim: int, indices: Sequence[int]) -> torch.Tensor:
     first = indices[0] if len(indices) else 0
     if list(indices) == list(range(first, first + len(indices))):
         return x if len(indices) == x.shape[dim] else x.narrow(dim, first, len(indices))
-    return x.index_select(dim, torch.tensor(indices, device=x.device))
+    return x.index_select(dim, index_on(tuple(indices), x.device))
+
+
+@lru_cache(maxsize=4096)
+def index_on(indices: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Indices on a device, kept: every layer of every call asks for the same few."""
+    with torch.inference_mode(False):
+        return torch.tensor(indices, device=device)
 
 
 def unit_columns(units: Sequence[int], width: int) -> tuple[int, ...]:

@@ -124,6 +124,11 @@ class PatchState:
         if inputs_embeds is None:
             inputs_embeds = self.text_model.embed_tokens(input_ids)
         use_cache = config.use_cache if use_cache is None else use_cache
+        if use_cache and self.executor.checkpoints:
+            warnings.warn("vis_sparse: use_cache=True has no effect under gradient checkpointing", stacklevel=3)
+            use_cache = False
+        if past_key_values is not None and self.executor.checkpoints:
+            raise PatchError("past_key_values: got a cache under gradient checkpointing, expected none")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
         mask = _host_mask(attention_mask, past + length)
@@ -254,6 +259,12 @@ def _masked(slots, mask: np.ndarray | None):
 
 
 def _check_supported(config, attention_mask, cache, kwargs) -> None:
+    plain = cache is None or all(type(c) is DynamicLayer or isinstance(c, LaneCacheLayer) for c in cache.layers)
+    if not isinstance(cache, DynamicCache | None) or not plain or getattr(cache, "offloading", False):
+        raise PatchError(
+            f"past_key_values: got {type(cache).__name__}, expected a DynamicCache (a static, quantised or offloaded "
+            "cache cannot hold the lanes)"
+        )
     attentions = kwargs.get("output_attentions")
     if config.output_attentions if attentions is None else attentions:
         raise PatchError(
@@ -265,11 +276,3 @@ def _check_supported(config, attention_mask, cache, kwargs) -> None:
     if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.dim() != 2):
         given = "a dict" if isinstance(attention_mask, dict) else f"{attention_mask.dim()} dimensions"
         raise PatchError(f"attention_mask: got {given}, expected 2 dimensions (batch, columns) of ones and zeros")
-    if cache is None:
-        return
-    plain = all(type(layer) is DynamicLayer or isinstance(layer, LaneCacheLayer) for layer in cache.layers)
-    if not isinstance(cache, DynamicCache) or not plain or getattr(cache, "offloading", False):
-        raise PatchError(
-            f"past_key_values: got {type(cache).__name__}, expected a DynamicCache (a static, quantised or offloaded "
-            "cache cannot hold the lanes)"
-        )
