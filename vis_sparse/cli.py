@@ -16,6 +16,7 @@ from .cli_convert import convert_command
 from .cli_flops import flops_command
 from .cli_plan import plan_app
 from .eval.bench import bench_command
+from .eval.bench_kernels import bench_kernels_command
 from .eval.demo import demo_command
 from .internvl2_errors import CheckpointError
 from .layout import LayoutError
@@ -54,6 +55,9 @@ app = typer.Typer(
 app.add_typer(plan_app, name="plan")
 app.command("flops", epilog="Example: vis-sparse flops --model llava-1.5-7b --plan dense,auto,yopo-12")(flops_command)
 app.command("bench", epilog="Example: vis-sparse bench --model llava-1.5-7b --layers 2 --plan yopo-12")(bench_command)
+app.command("bench-kernels", epilog="Example: vis-sparse bench-kernels --settings 24x24 --radius 2 --most-heads 4")(
+    bench_kernels_command
+)
 app.command("demo", epilog="Example: vis-sparse demo --questions 100")(demo_command)
 app.command("calibrate", epilog="Example: vis-sparse calibrate --model DIR --data tiny-train --out calib.safetensors")(
     calibrate_command

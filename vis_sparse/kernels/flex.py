@@ -1,7 +1,8 @@
 """The `flex` backend: torch's FlexAttention, compiled, with block masks that are kept with their pattern.
 
-On a CPU, FlexAttention is compiled for inference in 16 and 32 bits only; everything else runs through its eager
-form, which is correct and slow. A decode step goes to the `torch` backend: its mask would cost more than its attention.
+On a CPU, FlexAttention has no gradients (it says so), and is compiled for 16 and 32 bits only: float64 runs through
+its eager form, which is correct and slow. A decode step goes to the `torch` backend: its mask would cost more than its
+attention.
 """
 
 from __future__ import annotations
@@ -44,8 +45,7 @@ def visual_attention(
 
 def _attention(query, key, value, blocks: BlockMask, scale: float) -> torch.Tensor:
     settings = {"block_mask": blocks, "scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    if query.device.type == "cpu" and (recorded or query.dtype == torch.float64):
+    if query.device.type == "cpu" and query.dtype == torch.float64:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
             return flex_attention(query, key, value, **settings)

@@ -19,6 +19,8 @@ from ..plan import Neighborhood
 # Cost of fetching one key row in units of one query-key pair: a row of K and V is copied (16 bytes a head_dim
 # element in fp32) where a pair costs 4 FLOPs a head_dim element.
 _FETCH = 24
+# Pairs of one head that must be saved to be worth another call of the attention.
+_CALL = 2**15
 _TILE_SIDES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -110,23 +112,37 @@ class TextPattern(_Pattern):
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """Index tables of the tiled backend.
+class TileGroup:
+    """Tiles that read about as many keys.
 
     query: (tiles, Q) packed visual row of each query, padded with a repeated row. key: (tiles, K) index into the
-    (batch * slots) key rows. mask: (tiles, 1, Q, K). position: (num_visual,) place of each packed
-    row in the flattened (tiles * Q) output; None if that is the packed order itself.
+    (batch * slots) key rows. mask: (tiles, 1, Q, K).
     """
 
     query: torch.Tensor
     key: torch.Tensor
     mask: Mask
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs of one head that are computed, padding and masked ones included."""
+        return self.query.numel() * self.key.shape[1]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Index tables of the tiled backend.
+
+    position: (num_visual,) place of each packed row in the flattened outputs of the groups, one after the other; None
+    if that is the packed order itself.
+    """
+
+    groups: tuple[TileGroup, ...]
     position: torch.Tensor | None
 
     @property
     def pairs(self) -> int:
-        """Query-key pairs that are computed, padding and masked ones included."""
-        return self.query.numel() * self.key.shape[1]
+        return sum(group.pairs for group in self.groups)
 
 
 class VisualPattern(_Pattern):
@@ -148,28 +164,36 @@ class VisualPattern(_Pattern):
 
     @cached_property
     def tiles(self) -> Tiles:
-        boxes = self._boxes()
+        boxes = sorted(self._boxes(), key=lambda box: -len(box[1]))
         num_queries = max(len(q) for q, _ in boxes)
+        position = np.empty(len(self.query.sample), dtype=np.int64)
+        for tile, (q, _) in enumerate(boxes):
+            position[q] = tile * num_queries + np.arange(len(q))
+        sizes = np.array([len(k) for _, k in boxes])
+        groups, first = [], 0
+        for tile in range(1, len(boxes) + 1):
+            # a shorter box begins a new group if that spares all that are left enough padding
+            ends = tile == len(boxes)
+            if ends or (sizes[first] - sizes[tile]) * num_queries * (len(boxes) - tile) > _CALL:
+                groups.append(self._tile_group(boxes[first:tile], num_queries))
+                first = tile
+        in_order = np.array_equal(position, np.arange(len(boxes) * num_queries))
+        return Tiles(tuple(groups), None if in_order else on_device(position, self.device))
+
+    def _tile_group(self, boxes, num_queries: int) -> TileGroup:
         num_keys = max(len(k) for _, k in boxes)
         query = np.zeros((len(boxes), num_queries), dtype=np.int64)
         key = np.zeros((len(boxes), num_keys), dtype=np.int64)
         real = np.zeros((len(boxes), num_keys), dtype=bool)
-        position = np.empty(len(self.query.sample), dtype=np.int64)
         for tile, (q, k) in enumerate(boxes):
             query[tile], key[tile] = q[0], k[0]
             query[tile, : len(q)], key[tile, : len(k)] = q, k
             real[tile, : len(k)] = True
-            position[q] = tile * num_queries + np.arange(len(q))
-        flat = Coordinates(*(array.ravel() for array in self.slots))
-        keys = flat.take(key)
+        keys = Coordinates(*(array.ravel() for array in self.slots)).take(key)
         keys = keys._replace(valid=keys.valid & real).take(np.s_[:, None, :])
         mask = visible(self.attention, self.query.take(query).take(np.s_[:, :, None]), keys)
-        in_order = np.array_equal(position, np.arange(query.size))
-        return Tiles(
-            on_device(query, self.device),
-            on_device(key, self.device),
-            Mask(on_device(mask[:, None], self.device)),
-            None if in_order else on_device(position, self.device),
+        return TileGroup(
+            *(on_device(t, self.device) for t in (query, key)), Mask(on_device(mask[:, None], self.device))
         )
 
     def _boxes(self) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from .patterns import Mask, TextPattern, VisualPattern
+from .patterns import TextPattern, VisualPattern
+
+# Copies of keys and values made at a time: what a core's share of the last cache level holds.
+_COPIED_BYTES = 4 * 2**20
 
 
 def text_attention(
@@ -13,18 +16,27 @@ def text_attention(
 ) -> torch.Tensor:
     """As `reference.text_attention`."""
     causal = pattern.is_causal
-    return _attention(query, key, value, None if causal else pattern.mask, causal, scale)
+    bias = None if causal or pattern.mask is None else pattern.mask.bias(query.dtype)
+    return _attention(query, key, value, bias, causal, scale)
 
 
 def visual_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: VisualPattern, scale: float
 ) -> torch.Tensor:
-    """As `reference.visual_attention`: every tile of queries reads the key rows of its halo, in one call."""
-    tiles = pattern.tiles
-    queries = _rows(query, tiles.query)
-    keys, values = (_rows(t.flatten(0, 1), tiles.key) for t in (key, value))
-    out = _attention(queries, keys, values, tiles.mask, False, scale).flatten(0, 1)
-    return out if tiles.position is None else out.index_select(0, tiles.position)
+    """As `reference.visual_attention`: every tile of queries reads a copy of the key rows of its halo, some tiles at a
+    time, so that the copies are read again while they are still in the cache."""
+    key, value, parts = key.flatten(0, 1), value.flatten(0, 1), []
+    for group in pattern.tiles.groups:
+        tile_bytes = 2 * group.key.shape[1] * key[0].numel() * key.element_size()
+        step = max(_COPIED_BYTES // tile_bytes, 1)
+        bias = group.mask.bias(query.dtype)
+        for start in range(0, len(group.query), step):
+            tiles = slice(start, start + step)
+            queries = _rows(query, group.query[tiles])
+            keys, values = (_rows(t, group.key[tiles]) for t in (key, value))
+            parts.append(_attention(queries, keys, values, bias[tiles], False, scale).flatten(0, 1))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out if pattern.tiles.position is None else out.index_select(0, pattern.tiles.position)
 
 
 def attention_mass(query: torch.Tensor, key: torch.Tensor, pattern: TextPattern, scale: float) -> torch.Tensor:
@@ -37,12 +49,12 @@ def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
-def _attention(query, key, value, mask: Mask | None, causal: bool, scale: float) -> torch.Tensor:
+def _attention(query, key, value, bias: torch.Tensor | None, causal: bool, scale: float) -> torch.Tensor:
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        attn_mask=None if mask is None else mask.bias(query.dtype),
+        attn_mask=bias,
         is_causal=causal,
         scale=scale,
         enable_gqa=query.shape[2] != key.shape[2],

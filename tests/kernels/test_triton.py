@@ -1,0 +1,60 @@
+"""The Triton kernels without a GPU: interpreted against the reference, and compiled ahead of time for real ones."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytest.importorskip("triton", reason="the triton backend needs the triton package")
+
+TESTS = ("test_visual", "test_text", "test_decode", "test_widths or test_half", "test_tile or test_mass or test_oper")
+
+
+@pytest.mark.parametrize("chosen", TESTS)
+def test_interpreted(chosen):
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/kernels/interpreted.py",
+        "-k",
+        chosen,
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+def kernels():
+    from vis_sparse.kernels.resources import TARGETS, shipped
+
+    for target in TARGETS:
+        for head_dim in (64, 128):
+            for kernel in shipped(head_dim, target):
+                yield pytest.param(kernel, target, id=f"{target}-{head_dim}-{kernel.name}")
+
+
+@pytest.mark.parametrize("kernel, target", kernels())
+def test_compiled_ahead_of_time(kernel, target, record_property):
+    """No spills on NVIDIA, shared memory within what a block may use, and the target's own matrix instructions."""
+    from vis_sparse.kernels.resources import SHARED_LIMITS, compile_kernel
+
+    found = compile_kernel(kernel, target)
+    record_property("resources", f"{found.registers} registers, {found.spills} spills, {found.shared} bytes shared")
+    assert found.shared <= SHARED_LIMITS[target]
+    if target.startswith("sm_"):
+        assert found.spills == 0
+    if kernel.name == "combine":
+        return
+    # a wgmma or tcgen05 has 64 rows: decode and the small tiles of a grid have 16
+    if "decode" in kernel.name or "small" in kernel.name:
+        instruction = {"gfx942": "v_mfma"}.get(target, "mma.sync")
+    else:
+        instruction = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}[target]
+    assert instruction in found.assembly

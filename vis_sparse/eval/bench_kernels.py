@@ -1,0 +1,260 @@
+"""`vis-sparse bench-kernels`: visual attention in every backend against dense attention, FlexAttention and NATTEN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, NamedTuple
+
+import typer
+
+from ..cli_options import JsonOption, report, tight_table
+
+TEXT_BEFORE = 35  # of LLaVA's prompt
+_CHECKED_ROWS = 64
+
+
+class Setting(NamedTuple):
+    """Grids of one sample, (frames, height, width) each, and the heads of the model that makes them."""
+
+    model: str
+    grids: tuple[tuple[int, int, int], ...]
+    heads: int
+    kv_heads: int
+    head_dim: int = 128
+
+
+SETTINGS = {
+    "24x24": Setting("LLaVA-1.5-7B", ((1, 24, 24),), 32, 32),
+    "48x48": Setting("LLaVA-NeXT-7B", ((1, 48, 48),), 32, 32),
+    "64x64": Setting("Qwen2-VL-7B", ((1, 64, 64),), 28, 4),
+    "128x128": Setting("Qwen2-VL-7B", ((1, 128, 128),), 28, 4),
+    "8x32x32": Setting("Qwen2-VL-7B", ((8, 32, 32),), 28, 4),
+    "16 of 16x16": Setting("InternVL2-8B", ((1, 16, 16),) * 16, 32, 8),
+}
+
+
+class Case:
+    """One setting at one batch and radius: inputs, the ways to compute it, and what is right."""
+
+    def __init__(self, name: str, batch: int, radius: int, direction: str, device, dtype, most_heads: int | None):
+        import torch
+
+        from ..kernels.patterns import TextPattern, VisualPattern
+        from ..layout import VisualLayout
+        from ..packing import pack
+        from ..pairs import lane_pairs, near_pairs
+        from ..plan import Neighborhood
+
+        setting = SETTINGS[name]
+        group = setting.heads // setting.kv_heads
+        kv_heads = max(min(setting.heads, most_heads or setting.heads) // group, 1)
+        self.heads, self.kv_heads, self.head_dim = kv_heads * group, kv_heads, setting.head_dim
+        self.grids, self.radius = setting.grids, radius
+        near = Neighborhood(radius, direction, frames=1)
+        starts, position = [], TEXT_BEFORE
+        for frames, height, width in setting.grids:
+            starts.append((position, (frames, height, width)))
+            position += frames * height * width
+        layout = VisualLayout.from_grids([starts]).expanded(batch)
+        packing = pack(layout, position)
+        slots = packing.slots()
+        self.pattern = VisualPattern(near, packing.visual, slots, device)
+        ordered = slots.take((slice(None), slots.column[0].argsort()))
+        self.dense_pattern = TextPattern(ordered.column, ordered, None, device)
+        generator = torch.Generator(device).manual_seed(0)
+        make = {"generator": generator, "device": device, "dtype": dtype}
+        self.query = torch.randn(layout.num_visual, self.heads, self.head_dim, **make)
+        self.key, self.value = (torch.randn(batch, position, kv_heads, self.head_dim, **make) for _ in range(2))
+        self.dense_query = torch.randn(batch, position, self.heads, self.head_dim, **make)
+        text = lane_pairs(layout, TEXT_BEFORE).visual_text
+        self.pairs = near_pairs(near, layout) + text
+        self.dense_pairs = batch * position * (position + 1) // 2
+        self.scale = self.head_dim**-0.5
+
+    def run(self, way: str):
+        """The output of a backend; of dense attention over all tokens ("dense"); of NATTEN's own pattern."""
+        from ..kernels import get_backend
+
+        if way == "dense":
+            backend = get_backend("torch")
+            return backend.text_attention(self.dense_query, self.key, self.value, self.dense_pattern, self.scale)
+        if way == "natten":
+            return self._natten()
+        return get_backend(way).visual_attention(self.query, self.key, self.value, self.pattern, self.scale)
+
+    def _natten(self):
+        """NATTEN's windows are shifted at the border instead of cut off, and there is no text: time only."""
+        import natten
+
+        frames, height, width = self.grids[0]
+        shape = (-1, height, width) if frames == 1 else (-1, frames, height, width)
+        group = self.heads // self.kv_heads
+        visual = slice(0, self.key.shape[1] - TEXT_BEFORE)
+        keys, values = (t[:, visual].repeat_interleave(group, 2) for t in (self.key, self.value))
+        parts = [t.reshape(*shape, self.heads, self.head_dim) for t in (self.query, keys, values)]
+        side = 2 * self.radius + 1
+        attend = natten.na2d if frames == 1 else natten.na3d
+        sides = (side, side) if frames == 1 else (frames - (frames + 1) % 2, side, side)
+        return attend(*parts, kernel_size=tuple(min(s, n) for s, n in zip(sides, shape[1:])))
+
+    def error(self, out) -> float:
+        """Largest difference of some rows to float64 attention, over the largest value."""
+        import numpy as np
+        import torch
+
+        from ..kernels.patterns import visible
+        from ..kernels.reference import attention
+        from ..packing import Coordinates, on_device
+
+        rows = np.linspace(0, len(self.query) - 1, _CHECKED_ROWS).astype(int)
+        flat = Coordinates(*(array.reshape(1, -1) for array in self.pattern.slots))
+        allowed = visible(self.pattern.attention, self.pattern.query.take(rows[:, None]), flat)
+        query, key, value = (
+            t[None].double() for t in (self.query[rows], self.key.flatten(0, 1), self.value.flatten(0, 1))
+        )
+        expected = attention(query, key, value, on_device(allowed, self.query.device), self.scale)[0]
+        index = torch.from_numpy(rows).to(out.device)
+        return float((out.index_select(0, index).double() - expected).abs().max() / expected.abs().max())
+
+
+def available_ways(device_type: str) -> list[str]:
+    """What can be timed on the device: backends with kernels of their own, dense attention, NATTEN if installed."""
+    from importlib.util import find_spec
+
+    natten = ["natten"] if device_type == "cuda" and find_spec("natten") else []
+    return ["dense", "torch", "flex", *(["triton"] if device_type == "cuda" else []), *natten]
+
+
+def bench_kernels(
+    settings: list[str],
+    batches: list[int],
+    radii: list[int],
+    *,
+    ways: list[str] | None = None,
+    direction: str = "both",
+    device: str = "cpu",
+    dtype: str = "float32",
+    most_heads: int | None = None,
+    repeats: int = 3,
+    on_turn: Callable[[int, int], None] | None = None,
+) -> list[dict]:
+    """One object for every setting, batch, radius and way: seconds (median and spread of `repeats` rounds in turns),
+    useful FLOP/s, share of the theoretical speed-up over dense, and the error against float64.
+
+    The first run of a way, which compiles and builds tables, is not timed.
+    """
+    import statistics
+
+    import torch
+
+    from .timing import in_turns, machine_facts, timed
+
+    place = torch.device(device)
+    ways = ways or available_ways(place.type)
+    cases = [(name, batch, radius) for name in settings for batch in batches for radius in radii]
+    facts, results = machine_facts(place), []
+    for done, (name, batch, radius) in enumerate(cases):
+        case = Case(name, batch, radius, direction, place, getattr(torch, dtype), most_heads)
+        with torch.no_grad():
+            errors = {}
+            for way in ways:
+                out = case.run(way)
+                errors[way] = None if way in ("dense", "natten") else case.error(out)
+            times = in_turns(ways, lambda way, case=case: {"s": timed(lambda: case.run(way), place)}, repeats)
+        dense = times["dense"]["s"] if "dense" in ways else None
+        ideal = case.dense_pairs / case.pairs
+        for way in ways:
+            seconds = statistics.median(times[way]["s"])
+            pairs = case.dense_pairs if way == "dense" else case.pairs
+            speedup = None if dense is None else statistics.median(a / b for a, b in zip(dense, times[way]["s"]))
+            results.append(
+                {
+                    "setting": name,
+                    "batch": batch,
+                    "radius": radius,
+                    "direction": direction,
+                    "heads": [case.heads, case.kv_heads],
+                    "dtype": dtype,
+                    "way": way,
+                    "seconds": seconds,
+                    "spread": [min(times[way]["s"]), max(times[way]["s"])],
+                    "seconds_per_visual_token": seconds / len(case.query),
+                    "useful_flops_per_second": 4 * pairs * case.heads * case.head_dim / seconds,
+                    "speedup": speedup,
+                    "share_of_ideal": None if speedup is None or way == "dense" else speedup / ideal,
+                    "error": errors[way],
+                    **facts,
+                }
+            )
+        if on_turn is not None:
+            on_turn(done + 1, len(cases))
+    return results
+
+
+def bench_kernels_command(
+    settings: Annotated[str, typer.Option(metavar="A,B,...", help=", ".join(SETTINGS) + ".")] = "24x24,48x48",
+    batch: Annotated[str, typer.Option(metavar="N,...", help="Samples.")] = "1",
+    radius: Annotated[str, typer.Option(metavar="R,...", help="Radius of the windows.")] = "2,7",
+    direction: Annotated[str, typer.Option(help="both or causal.")] = "both",
+    ways: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="dense, torch, flex, triton, natten, reference.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    most_heads: Annotated[int | None, typer.Option(min=1, help="Query heads, if fewer than the model's.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every way once.")] = 3,
+    json_file: JsonOption = None,
+) -> None:
+    """Time visual attention in every backend, with its error, against dense attention over all tokens.
+
+    Useful FLOP/s count each pair that is read once; of ideal: speed-up over dense, by the share of pairs that is read.
+    """
+    from .progress import progress
+
+    names = list(SETTINGS) if settings == "all" else [name.strip() for name in settings.split(",")]
+    unknown = [name for name in names if name not in SETTINGS]
+    if unknown:
+        raise typer.BadParameter(f"got {unknown[0]!r}, expected all or some of {', '.join(SETTINGS)}")
+    batches, radii = ([int(number) for number in text.split(",")] for text in (batch, radius))
+    with progress("timing in turns") as on_turn:
+        results = bench_kernels(
+            names,
+            batches,
+            radii,
+            ways=ways.split(",") if ways else None,
+            direction=direction,
+            device=device,
+            dtype=dtype,
+            most_heads=most_heads,
+            repeats=repeats,
+            on_turn=on_turn,
+        )
+    report(results, json_file, lambda console: _draw(console, results))
+
+
+def _draw(console, results: list[dict]) -> None:
+    from .tables import seconds
+
+    headings = ("setting", "batch", "radius", "way", "time", "TFLOP/s", "speed-up", "of ideal", "error")
+    table = tight_table(*headings, left=("setting", "way"))
+    before = None
+    for row in results:
+        case = (row["setting"], str(row["batch"]), str(row["radius"]))
+        table.add_row(
+            *(case if case != before else ("", "", "")),
+            row["way"],
+            seconds(row["seconds"]),
+            f"{row['useful_flops_per_second'] / 1e12:.3g}",
+            "-" if row["speedup"] is None else f"{row['speedup']:.2f}",
+            "-" if row["share_of_ideal"] is None else f"{row['share_of_ideal']:.0%}",
+            "-" if row["error"] is None else f"{row['error']:.0e}",
+        )
+        before = case
+    console.print(table)
+    machine, facts = results[0]["machine"], results[0]["versions"]
+    console.print(
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['device']}, torch {facts['torch']}, "
+        f"{results[0]['dtype']}, {results[0]['date'][:10]}",
+        style="bright_black",
+        highlight=False,
+    )
