@@ -12,7 +12,10 @@ from rich.text import Text
 from .cli_options import ConventionOption, JsonOption, ModelOption, bar, human, mebibytes, report, tight_table
 from .cost import CostReport, flops
 from .cost_report import PARTS, PassCost
+from .heads import resolve_heads
 from .plan import PlanError
+from .plan_yaml import as_plan
+from .roofline import Roofline, device_spec, roofline
 from .shapes import ShapeError, load_shape
 
 
@@ -27,6 +30,9 @@ def flops_command(
     images: Annotated[int, typer.Option(min=0, help="Images in a sample.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 1,
     convention: ConventionOption = "executed",
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Also roofline bounds on a100, h100, h200 or mi300x.")
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Count the FLOPs and the KV cache of plans on a model: one by part and layer, several side by side."""
@@ -44,6 +50,7 @@ def flops_command(
     if not names:
         raise PlanError(f"plan: got {plan!r}, expected one name or several with commas between them")
     costs = [flops(shape, name, **settings) for name in names]
+    bounds = _bounds(shape, ["dense", *names], [dense, *costs], device) if device else []
     data = [cost.to_dict() | {"of_dense": cost.total / dense.total if dense.total else None} for cost in costs]
 
     def draw(console: Console) -> None:
@@ -56,8 +63,39 @@ def flops_command(
             _draw_one(console, first, dense)
         else:
             _draw_several(console, costs, dense)
+        if bounds:
+            _draw_bounds(console, bounds)
 
-    report({"model": shape.name, "plans": data, "dense": dense.to_dict()}, json_file, draw)
+    result = {"model": shape.name, "plans": data, "dense": dense.to_dict()}
+    if bounds:
+        result["bounds"] = [bound.to_dict() for bound in bounds]
+    report(result, json_file, draw)
+
+
+def _bounds(shape, names: list[str], costs: list[CostReport], device: str) -> list[Roofline]:
+    plans = (resolve_heads(as_plan(name, shape.layers), shape.heads, shape.kv_heads, "first") for name in names)
+    spec = device_spec(device)
+    return [roofline(shape, plan, cost, spec) for plan, cost in zip(plans, costs)]
+
+
+def _draw_bounds(console: Console, bounds: list[Roofline]) -> None:
+    """Bounds of prefill and of a decode step by part, the dense model's first."""
+    dense, *others = bounds
+    for name in ("prefill", "decode"):
+        before = getattr(dense, name)
+        columns = ("", *(bound.plan for bound in bounds))
+        table = tight_table(*columns, left=("",), title=f"bound of {name}, ms")
+        for part in before.parts:
+            found = (getattr(bound, name).parts[part] for bound in bounds)
+            table.add_row(part, *(f"{1e3 * b.seconds:.3f} {'F' if b.is_compute_bound else 'B'}" for b in found))
+        table.add_row("bound", *(f"{1e3 * getattr(bound, name).seconds:.3f}  " for bound in bounds))
+        ratios = (f"{before.seconds / getattr(bound, name).seconds:.2f}x " for bound in others)
+        table.add_row("of speed-up", "", *ratios)
+        console.print(table)
+    console.print(
+        f"Roofline of one {dense.device.name}. F: by FLOPs, B: by bytes. Bounds, not times: every weight is read once, "
+        "everything else fused."
+    )
 
 
 def _pixels(text: str | None) -> tuple[int, int] | None:

@@ -1,8 +1,11 @@
 """Triton kernels in Triton's interpreter against the float64 reference. `test_triton.py` runs this file in processes
 of its own: whether kernels are interpreted is decided when they are defined, by TRITON_INTERPRET."""
 
+import numpy as np
 import pytest
 import torch
+from triton import language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from vis_sparse.kernels import reference, tiled, triton_backend, tuning
 from vis_sparse.kernels.tuning import Blocks
@@ -15,15 +18,15 @@ BLIND = {"none": None, "some": (True, False, True), "all": (True,) * 3}
 
 
 def visual_cases():
-    """Every layout and every pattern, not every pair of them."""
+    """Every layout and every pattern, not every pair of them, with either kind of heads."""
     layouts, patterns = list(LAYOUTS), list(PATTERNS)
     chosen = {(layouts[i % len(layouts)], pattern) for i, pattern in enumerate(patterns)}
     chosen |= {("ragged", pattern) for pattern in patterns}
-    return sorted(chosen | {(layout, "near") for layout in layouts})
+    chosen |= {(layout, "near") for layout in layouts}
+    return [(*case, list(HEADS)[i % 2]) for i, case in enumerate(sorted(chosen))]
 
 
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("layout, pattern", visual_cases())
+@pytest.mark.parametrize("layout, pattern, heads", visual_cases())
 def test_visual(layout, pattern, heads):
     pattern = visual_pattern(layout, PATTERNS[pattern])
     found = errors(triton_backend, pattern, inputs(pattern, *HEADS[heads], 16))
@@ -57,8 +60,24 @@ def test_widths(head_dim):
         assert max(found.values()) <= 1e-5, found
 
 
+@pytest.fixture
+def bfloat16_products(monkeypatch):
+    """The interpreter keeps bfloat16 as its bits and would multiply those: give its products the values."""
+    product = InterpreterBuilder.create_dot
+
+    def of_values(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, *args):
+        return product(self, of_values(a), of_values(b), *args)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision(dtype):
+def test_half_precision(dtype, bfloat16_products):
     """No more than twice the error of torch's own attention."""
     for pattern in (visual_pattern("primes", PATTERNS["causal"]), text_pattern("long text")):
         tensors = inputs(pattern, 2, 1, 32, dtype)
@@ -66,10 +85,10 @@ def test_half_precision(dtype):
         assert all(ours[part] <= 2 * torchs[part] for part in ours), (ours, torchs)
 
 
-@pytest.mark.parametrize("positions, keys", [(64, 64), (16, 32), (8, 16), (1, 16)])
+@pytest.mark.parametrize("positions, keys", [(64, 64), (16, 32), (4, 16)])
 def test_tile_sizes(positions, keys, monkeypatch):
     monkeypatch.setattr(tuning, "near_blocks", lambda *_: Blocks(positions, keys, 4, 1))
-    for name in ("causal", "stride", "aligned"):
+    for name in ("causal", "aligned"):
         pattern = visual_pattern("ragged", PATTERNS[name])
         found = errors(triton_backend, pattern, inputs(pattern, 3, 1, 16))
         assert max(found.values()) <= 1e-5, found
