@@ -11,6 +11,7 @@ from vis_sparse.kernels import reference, tiled, triton_backend, tuning
 from vis_sparse.kernels.tuning import Blocks
 
 from .cases import LAYOUTS, PATTERNS, errors, inputs, text_pattern, visual_pattern
+from .executor import largest_difference
 
 # small shapes: the interpreter takes milliseconds for every block
 HEADS = {"MHA": (2, 2), "GQA": (3, 1)}
@@ -61,9 +62,9 @@ def test_widths(head_dim):
 
 
 @pytest.fixture
-def bfloat16_products(monkeypatch):
-    """The interpreter keeps bfloat16 as its bits and would multiply those: give its products the values."""
-    product = InterpreterBuilder.create_dot
+def true_bfloat16(monkeypatch):
+    """The interpreter keeps bfloat16 as its bits: it would multiply those, and cuts off where a GPU rounds."""
+    product, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def of_values(handle):
         if handle.dtype.scalar != tl.bfloat16:
@@ -73,11 +74,18 @@ def bfloat16_products(monkeypatch):
     def create_dot(self, a, b, *args):
         return product(self, of_values(a), of_values(b), *args)
 
+    def cast_impl(self, source, target):
+        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, target)
+        bits = torch.from_numpy(np.array(source.data)).bfloat16().view(torch.uint16).numpy()
+        return TensorHandle(bits, tl.bfloat16)
+
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision(dtype, bfloat16_products):
+def test_half_precision(dtype, true_bfloat16):
     """No more than twice the error of torch's own attention."""
     for pattern in (visual_pattern("primes", PATTERNS["causal"]), text_pattern("long text")):
         tensors = inputs(pattern, 2, 1, 32, dtype)
@@ -124,3 +132,10 @@ def test_operators_are_registered_well():
         finally:
             setattr(operations, name, original)
         torch.library.opcheck(original, captured[name], test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("scenario, semantics", [("ragged", "exclude"), ("left-chunks", "zero")])
+@torch.no_grad()
+def test_executor(scenario, semantics):
+    """A float32 model: its own rounding, not the kernels' alone."""
+    assert largest_difference("triton", scenario, "llama-gqa", semantics, torch.float32) <= 1e-4

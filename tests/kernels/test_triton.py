@@ -10,7 +10,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("triton", reason="the triton backend needs the triton package")
 
-TESTS = ("test_visual", "test_text", "test_decode", "test_widths or test_half", "test_tile or test_mass or test_oper")
+TESTS = (
+    "test_visual",
+    "test_text",
+    "test_decode",
+    "test_widths or test_half",
+    "test_tile or test_mass or test_oper or test_exec",
+)
 
 
 @pytest.mark.parametrize("chosen", TESTS)

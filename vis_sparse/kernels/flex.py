@@ -60,7 +60,8 @@ def _compiled():
 
 def _text_blocks(pattern: TextPattern) -> BlockMask:
     tables = (pattern.query_columns, pattern.slots.column, pattern.slots.valid, pattern.slots.is_visual)
-    query_column, column, valid, is_visual = (on_device(table, pattern.device) for table in tables)
+    # copied, for they may be views that repeat one row
+    query_column, column, valid, is_visual = (on_device(np.array(table), pattern.device) for table in tables)
 
     def reads(b, h, q, k):
         return valid[b, k] & (column[b, k] <= query_column[b, q])

@@ -1,0 +1,14 @@
+"""The executor on FlexAttention."""
+
+import pytest
+import torch
+
+from ..test_parity import SCENARIOS
+from .executor import largest_difference
+
+
+@pytest.mark.parametrize("semantics", ["exclude", "zero"])
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@torch.no_grad()
+def test_random_plan_is_the_oracle(scenario, semantics):
+    assert largest_difference("flex", scenario, "llama-gqa", semantics, torch.float64) <= 1e-5
