@@ -19,7 +19,8 @@ from vis_sparse.plan import PlanError
 from vis_sparse.records import SampleError, read_records
 from vis_sparse.samples import answer_rows, answered, with_answer
 
-from .models import HEADS, IMAGE, LAYERS, NEURONS, make_batch, make_model
+from . import oracle
+from .models import HEADS, IMAGE, LAYERS, NEURONS, make_batch, make_model, text_inputs
 
 NEVER = 1e9
 
@@ -58,8 +59,55 @@ def test_scores_are_those_of_full_attention_matrices(text):
         after = ~visual & (torch.arange(len(visual)) > visual.nonzero()[0])
         mass.append(attention[:, :, after][..., visual].sum(-1).mean((1, 2)))
     torch.testing.assert_close(torch.from_numpy(result.ratios).double(), torch.stack(ratios), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(torch.from_numpy(result.heads), torch.stack(ratios).mean(0).float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.from_numpy(result.mass), torch.stack(ratios).mean(0).float(), rtol=1e-5, atol=0)
     torch.testing.assert_close(torch.from_numpy(result.text_mass), torch.stack(mass).mean(0).float())
+
+
+@pytest.mark.parametrize("text", ["llama", "llama-gqa"])
+def test_effects_are_the_slopes_of_the_answers_log_odds(text):
+    """Against the oracle: a gate a little below 1 mixes a little of the head without visual tokens into it."""
+    model = make_model(text)
+    sample = make_sample(model, answer=1)
+    result = calibrate(model, [sample])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    rows = answer_rows(sample)
+
+    def log_odds(gate, layer, head):
+        gates = torch.ones(LAYERS, HEADS, dtype=torch.float64)
+        gates[layer, head] = gate
+        logits = gated_logits(model, sample, gates)[rows]
+        best = logits.argmax(-1, keepdim=True)
+        return logits.gather(1, best).sum() - logits.scatter(1, best, -torch.inf).logsumexp(-1).sum()
+
+    for layer, head in ((0, 0), (1, 5), (2, 7)):
+        slope = (log_odds(1 + 1e-5, layer, head) - log_odds(1 - 1e-5, layer, head)) / 2e-5
+        np.testing.assert_allclose(result.heads[layer, head], abs(slope), rtol=1e-4)
+
+
+def gated_logits(model, sample, gates):
+    """Logits (length, vocabulary) of the dense model with each head's visual part scaled, by dense matrices."""
+    batch_visual = sample["input_ids"][0] == model.config.image_token_id
+    text = model.model.language_model
+    x = text_inputs(model, **{k: v for k, v in sample.items() if k != "labels"})
+    length = x.shape[1]
+    rotary = text.rotary_emb(x, torch.arange(length)[None])
+    causal = oracle.at_or_before(length)
+    for layer, gate in zip(text.layers, gates, strict=True):
+        module, h = layer.self_attn, oracle.norm(layer.input_layernorm, x)
+        q, k, v = (
+            proj(h).view(1, length, -1, module.head_dim).transpose(1, 2)
+            for proj in (module.q_proj, module.k_proj, module.v_proj)
+        )
+        q, k = oracle.rotate(q, *rotary), oracle.rotate(k, *rotary)
+        k, v = (t.repeat_interleave(HEADS // t.shape[1], 1) for t in (k, v))
+        scores = q @ k.transpose(2, 3) * module.head_dim**-0.5
+        dense = scores.masked_fill(~causal, -torch.inf).softmax(-1) @ v
+        alone = scores.masked_fill(~(causal & ~batch_visual) & ~torch.eye(length, dtype=torch.bool), -torch.inf)
+        alone = (alone.softmax(-1) @ v).masked_fill(batch_visual[:, None], 0)
+        mixed = gate[:, None, None] * dense + (1 - gate)[:, None, None] * alone
+        x = x + module.o_proj(mixed.transpose(1, 2).flatten(2))
+        x = x + layer.mlp(oracle.norm(layer.post_attention_layernorm, x))
+    return model.lm_head(oracle.norm(text.norm, x))[0].detach()
 
 
 @pytest.mark.parametrize("block", [1, 5, 64])

@@ -1,7 +1,6 @@
 """Where the attention of a few rows goes, without an attention matrix: sums over blocks of keys.
 
-A temporary attention function, registered with transformers, runs SDPA as before and hands queries and keys to an
-observer on the way.
+A temporary attention function, registered with transformers, sees queries and keys on their way to SDPA.
 """
 
 from __future__ import annotations
@@ -13,14 +12,12 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-OBSERVED = "vis_sparse_observed"
+REPLACED = "vis_sparse_replaced"
 _BLOCK = 1024  # keys at a time
 
-Observer = Callable[[nn.Module, torch.Tensor, torch.Tensor, float], None]
-_observer: ContextVar[Observer] = ContextVar("vis_sparse_observer")
+_function: ContextVar[Callable] = ContextVar("vis_sparse_attention")
 
 
 def visual_mass(
@@ -59,25 +56,22 @@ def visual_mass(
 
 
 @contextmanager
-def observed_attention(text_model: nn.Module, observer: Observer) -> Iterator[None]:
-    """Within the block, `observer(module, query, key, scale)` sees every attention call of `text_model`.
+def replaced_attention(text_model: nn.Module, function: Callable) -> Iterator[None]:
+    """Within the block, `text_model` computes attention by `function`, one in transformers' convention.
 
-    query (batch, heads, length, head_dim) and key (batch, kv_heads, length, head_dim) after rotation. The attention
-    itself is SDPA. The model's own implementation is set back at the end.
+    The model's own implementation is set back at the end.
     """
-    AttentionInterface.register(OBSERVED, _attention)
-    AttentionMaskInterface.register(OBSERVED, sdpa_mask)
+    AttentionInterface.register(REPLACED, _attention)
+    AttentionMaskInterface.register(REPLACED, sdpa_mask)
     config = text_model.config
-    own, token = config._attn_implementation, _observer.set(observer)
-    config._attn_implementation = OBSERVED
+    own, token = config._attn_implementation, _function.set(function)
+    config._attn_implementation = REPLACED
     try:
         yield
     finally:
         config._attn_implementation = own
-        _observer.reset(token)
+        _function.reset(token)
 
 
-def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    _observer.get()(module, query, key, scale)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+def _attention(module, *args, **kwargs):
+    return _function.get()(module, *args, **kwargs)

@@ -23,14 +23,18 @@ from .running import Sums, read_tensors, write_tensors
 class Calibration:
     """Measurements over samples, on the dense model. Arrays are float32 unless said otherwise; L layers, H heads.
 
-    heads (L, H): head scores, the mean of `ratios` over the samples. ratios (samples, L, H): attention mass on visual
-    keys over the mass on all other keys at the rows that predict a sample's answer. text_mass (L,): visual share of
+    heads (L, H): the head scores that budgets are resolved from, `effects` or `mass` (metadata "scores" says which).
+    ratios (samples, L, H): attention mass on visual keys over the mass on all other keys at the rows that predict a
+    sample's answer; mass (L, H) is their mean. effects (L, H): how much the answer's log-odds move when visual tokens
+    begin to leave the head (`effects.head_effects`), zeros if that was not measured. text_mass (L,): visual share of
     the attention of text rows after the first image. attention_change, ffn_change (L, 2): of visual rows, cosine
     before and after the part and relative norm of what it adds. neurons (L, neurons): mean |activation| of visual rows
     times the norm of the neuron's output column. metadata: model, data, sizes and versions, text to text.
     """
 
     heads: np.ndarray
+    mass: np.ndarray
+    effects: np.ndarray
     ratios: np.ndarray
     text_mass: np.ndarray
     attention_change: np.ndarray
@@ -67,6 +71,7 @@ class Calibration:
             raise PlanError(f"calibration: {path}: expected a file that calibrate wrote ({error})") from None
 
 
+SCORES = ("effects", "mass")
 _TENSORS = tuple(field.name for field in dataclasses.fields(Calibration) if field.name != "metadata")
 
 
@@ -74,6 +79,7 @@ def calibrate(
     model,
     samples: Iterable[dict],
     *,
+    scores: str = "effects",
     max_new_tokens: int = 16,
     out: str | Path | None = None,
     on_sample: Callable[[int], None] | None = None,
@@ -82,34 +88,41 @@ def calibrate(
     """Measure a dense (unpatched) model on samples, one at a time.
 
     samples: model inputs of one sequence each (`samples.encode` makes them), with `labels` at the answer's tokens;
-    without labels the model's own greedy answer of at most `max_new_tokens` tokens is taken. out: the file to write
-    the result to; a run that is interrupted leaves its sums in `out.partial`, from which the same run goes on with the
-    same result. on_sample(done): called after each sample. data: a name for the metadata.
+    without labels the model's own greedy answer of at most `max_new_tokens` tokens is taken. scores: what the head
+    scores are, "effects" (a backward pass for each sample) or "mass" (the paper's score, from the forward pass alone).
+    out: the file to write the result to; a run that is interrupted leaves its sums in `out.partial`, from which the
+    same run goes on with the same result. on_sample(done): called after each sample. data: a name for the metadata.
 
     Memory does not grow with the samples but for `ratios`, 4 bytes for each head of a sample. Raises PatchError for a
     model that is patched or not supported, SampleError for a sample without visual tokens or answer.
     """
+    from .effects import head_effects
     from .profiles import Target, column_norms, profile
     from .samples import answered, on_device
 
+    if scores not in SCORES:
+        raise PlanError(f"scores: got {scores!r}, expected one of {', '.join(SCORES)}")
     target = Target.of(model)
     norms = column_norms(target)
-    facts = _facts(target, data, max_new_tokens)
+    facts = _facts(target, data, max_new_tokens) | {"scores": scores}
     sums = Sums(None if out is None else f"{out}.partial", facts, keep="ratios")
     for index, sample in enumerate(samples):
         if sums.knows(index, sample):
             continue
         try:
             sample = answered(model, on_device(sample, model), max_new_tokens)
-            sums.add({name: value.numpy() for name, value in vars(profile(target, sample, norms)).items()})
+            measured = vars(profile(target, sample, norms))
+            measured["effects"] = head_effects(target, sample) if scores == "effects" else measured["ratios"] * 0
+            sums.add({name: value.numpy() for name, value in measured.items()})
         except SampleError as error:
             raise SampleError(f"sample {index}: {error}") from None
         if on_sample is not None:
             on_sample(sums.done)
     if not sums.done:
         raise SampleError("samples: got none, expected one at least")
-    means, ratios = sums.means(), sums.kept
-    calibration = Calibration(heads=means.pop("ratios"), ratios=ratios, **means, metadata=facts)
+    means = sums.means()
+    means["mass"] = means.pop("ratios")
+    calibration = Calibration(heads=means[scores], ratios=sums.kept, **means, metadata=facts)
     if out is not None:
         calibration.save(out)
         sums.forget()

@@ -35,6 +35,9 @@ def calibrate_command(
     out: Annotated[Path, typer.Option(metavar="FILE", help="The .safetensors file to write.")],
     samples: SamplesOption = 64,
     prompt: PromptOption = None,
+    scores: Annotated[
+        str, typer.Option(help="Head scores: effects (on the answer's log-odds), or mass (the paper's, cheaper).")
+    ] = "effects",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the model's own answer, where data has none.")] = 16,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
@@ -50,6 +53,7 @@ def calibrate_command(
         result = calibrate(
             loaded,
             (encode(processor, record) for record in chosen),
+            scores=scores,
             max_new_tokens=max_new_tokens,
             out=out,
             on_sample=lambda done: step(done, len(chosen)),
@@ -71,5 +75,5 @@ def _summary(calibration: Calibration, out: Path) -> dict:
 
 
 def _draw(console: Console, calibration: Calibration, out: Path) -> None:
-    draw_heads(console, calibration.heads)
+    draw_heads(console, calibration.heads, calibration.metadata["scores"])
     console.print(f"{calibration.num_samples} samples, written to {out}", soft_wrap=True)

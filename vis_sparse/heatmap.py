@@ -10,13 +10,13 @@ from rich.text import Text
 _COLOURS = ("#1b1044", "#4a1079", "#82206c", "#b93556", "#e8602d", "#fba40a", "#f6e763")
 
 
-def draw_heads(console: Console, heads: np.ndarray) -> None:
+def draw_heads(console: Console, heads: np.ndarray, title: str) -> None:
     """Head scores (layers, heads), a layer a line, two characters a head; log scale.
 
     Terminals without colours get shades of blocks.
     """
     low, high = (np.log10(max(float(bound), 1e-6)) for bound in (heads.min(), heads.max()))
-    console.print(Text("visual over other attention, by layer and head", style="bold"))
+    console.print(Text(f"head scores ({title}) by layer and head", style="bold"))
     for index, row in enumerate(heads):
         line = Text(f"{index:>4} ", style="bright_black")
         for score in row:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .attention_mass import observed_attention, visual_mass
+from .attention_mass import replaced_attention, visual_mass
 from .lanes import Decoder
 from .layout import VisualLayout
 from .patches import _family as family_of
@@ -83,19 +84,23 @@ class Profile:
     neurons: torch.Tensor
 
 
+def column_kinds(layout: VisualLayout, sample: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """(length,) bool each: which columns of a sample are visual, and which are not padding."""
+    is_visual = torch.zeros_like(sample["input_ids"][0], dtype=torch.bool)
+    for segment in layout.segments:
+        is_visual[segment.start : segment.end] = True
+    mask = sample.get("attention_mask")
+    return is_visual, torch.ones_like(is_visual) if mask is None else mask[0].bool()
+
+
 class _Recorder:
     """Takes one sample's measurements from hooks, layer after layer, and keeps them on the model's device."""
 
     def __init__(self, target: Target, sample: dict):
-        layout, ids = target.layout(sample), sample["input_ids"]
-        device, length = ids.device, ids.shape[1]
-        self.is_visual = torch.zeros(length, dtype=torch.bool, device=device)
-        for segment in layout.segments:
-            self.is_visual[segment.start : segment.end] = True
-        mask = sample.get("attention_mask")
-        self.is_real = torch.ones_like(self.is_visual) if mask is None else mask[0].bool()
+        layout = target.layout(sample)
+        self.is_visual, self.is_real = column_kinds(layout, sample)
         answer = torch.zeros_like(self.is_visual)
-        answer[answer_rows(sample).to(device)] = True
+        answer[answer_rows(sample)] = True
         is_text = ~self.is_visual & self.is_real
         is_text[: layout.segments[0].start] = False
         self.columns = (answer | is_text).nonzero()[:, 0]
@@ -103,11 +108,12 @@ class _Recorder:
         self.ratios, self.text_mass, self.changes, self.activations = [], [], [], []
         self._before = None
 
-    def attention(self, module, query, key, scale) -> None:
+    def attention(self, module, query, key, value, attention_mask, scaling, **kwargs):
         own = query[0][:, self.columns]
-        visual, other = visual_mass(own, key[0], self.columns, self.is_visual, self.is_real, scale)
+        visual, other = visual_mass(own, key[0], self.columns, self.is_visual, self.is_real, scaling)
         self.ratios.append(visual[:, self.of_answer].sum(1) / other[:, self.of_answer].sum(1))
         self.text_mass.append(visual[:, self.of_text].mean())
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
     def state(self, module, args) -> None:
         """The residual stream before a norm: at attention, at the FFN, at attention, ..., at the final norm."""
@@ -159,6 +165,6 @@ def profile(target: Target, sample: dict, norms: torch.Tensor) -> Profile:
         places += [(layer.module("input_norm"), recorder.state), (layer.module("post_norm"), recorder.state)]
         places.append((layer.module("down"), recorder.inner))
     places.append((target.decoder.norm, recorder.state))
-    with hooked(places), observed_attention(target.text_model, recorder.attention):
+    with hooked(places), replaced_attention(target.text_model, recorder.attention):
         target.encode(sample)
     return recorder.profile(norms)
