@@ -42,27 +42,27 @@ def packing(name: str) -> Packing:
     return pack(VisualLayout.from_grids(grids), length)
 
 
-def visual_pattern(layout: str, attention) -> VisualPattern:
+def visual_pattern(layout: str, attention, device=CPU) -> VisualPattern:
     packed = packing(layout)
-    return VisualPattern(attention, packed.visual, packed.slots(), CPU)
+    return VisualPattern(attention, packed.visual, packed.slots(), device)
 
 
-def text_pattern(layout: str, blind=None, queries: int | None = None) -> TextPattern:
+def text_pattern(layout: str, blind=None, queries: int | None = None, device=CPU) -> TextPattern:
     """All text rows of the layout, or the last `queries` columns of every sample, as decoding asks for them."""
     packed = packing(layout)
     columns = packed.text_columns
     if queries is not None:
         columns = np.broadcast_to(np.arange(packed.length - queries, packed.length), (packed.batch, queries))
-    return TextPattern(columns, packed.slots(), blind, CPU)
+    return TextPattern(columns, packed.slots(), blind, device)
 
 
 def inputs(pattern, heads: int, kv_heads: int, head_dim: int, dtype=torch.float32, seed: int = 0):
-    """Query, key and value of a pattern."""
+    """Query, key and value of a pattern, on its device."""
     generator = torch.Generator().manual_seed(seed)
     rows = pattern.query_columns.shape if isinstance(pattern, TextPattern) else pattern.query.sample.shape
     slots = (*pattern.slots.sample.shape, kv_heads, head_dim)
     shapes = ((*rows, heads, head_dim), slots, slots)
-    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    return [torch.randn(shape, generator=generator).to(pattern.device, dtype).requires_grad_() for shape in shapes]
 
 
 def errors(module, pattern, tensors, gradients: bool = True) -> dict[str, float]:
@@ -74,7 +74,7 @@ def errors(module, pattern, tensors, gradients: bool = True) -> dict[str, float]
     def run(operation, arguments):
         arguments = [t.detach().requires_grad_(gradients) for t in arguments]
         out = operation(*arguments, pattern, scale)
-        weights = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
+        weights = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out)
         return out, *(torch.autograd.grad(out, arguments, weights) if gradients else ())
 
     expected = run(getattr(reference, name), [t.double() for t in tensors])

@@ -154,6 +154,7 @@ def bench_kernels(
     cases = [(name, batch, radius) for name in settings for batch in batches for radius in radii]
     facts, results = machine_facts(place), []
     for done, (name, batch, radius) in enumerate(cases):
+        torch.compiler.reset()  # FlexAttention is compiled for a few shapes at most before it falls back
         case = Case(name, batch, radius, direction, place, getattr(torch, dtype), most_heads)
         with torch.no_grad():
             errors = {}

@@ -49,13 +49,13 @@ def _attention(query, key, value, blocks: BlockMask, scale: float) -> torch.Tens
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
             return flex_attention(query, key, value, **settings)
-    return _compiled()(query, key, value, **settings)
+    return _compiled(query.device.type)(query, key, value, **settings)
 
 
 @cache
-def _compiled():
-    # with dynamic shapes the code made for CPUs may not compile; a prompt repeats its shapes
-    return torch.compile(flex_attention, dynamic=False)
+def _compiled(device_type: str):
+    # with dynamic shapes, the code that is made for CPUs may not compile
+    return torch.compile(flex_attention, dynamic=False if device_type == "cpu" else None)
 
 
 def _text_blocks(pattern: TextPattern) -> BlockMask:
