@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 
-from .plan import PlanError
+from .plan import HeadBudget, PlanError
 from .records import SampleError
 from .running import Sums, read_tensors, write_tensors
 
@@ -54,6 +54,17 @@ class Calibration:
         """bool (L, H): the heads that most samples vote active; layers `whole` keep all (the paper's rule)."""
         masks = self.votes(threshold).mean(0) > 0.5
         masks[list(whole)] = True
+        return masks
+
+    def masks(
+        self, keep: int | float, by: str = "head", over: str = "model", whole: Iterable[int] = (0, 1)
+    ) -> np.ndarray:
+        """bool (L, H): the heads that a `HeadBudget` of these settings keeps; layers `whole` keep all (the paper's)."""
+        from .heads import keep_heads
+
+        cut = [layer for layer in range(len(self.heads)) if layer not in set(whole)]
+        masks = np.ones(self.heads.shape, dtype=bool)
+        masks[cut] = keep_heads(self.heads[cut], HeadBudget(keep, by, over), int(self.metadata["kv_heads"]))
         return masks
 
     def save(self, path: str | Path) -> None:

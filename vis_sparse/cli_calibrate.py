@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.console import Console
 
@@ -39,6 +40,10 @@ def calibrate_command(
         str, typer.Option(help="Head scores: effects (on the answer's log-odds), or mass (the paper's, cheaper).")
     ] = "effects",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the model's own answer, where data has none.")] = 16,
+    export_mask: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write active heads as .npy, the official masks' format.")
+    ] = None,
+    keep: Annotated[float, typer.Option(min=0, max=1, help="Share of the heads of layers 2- in that mask.")] = 0.25,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
     json_file: JsonOption = None,
@@ -59,6 +64,8 @@ def calibrate_command(
             on_sample=lambda done: step(done, len(chosen)),
             data=Path(data).name,
         )
+    if export_mask is not None:
+        np.save(export_mask.with_suffix(".npy"), result.masks(keep))
     report(_summary(result, out), json_file, lambda console: _draw(console, result, out))
 
 

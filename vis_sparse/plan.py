@@ -54,24 +54,54 @@ class Neighborhood:
             raise PlanError(f"direction: got {self.direction!r}, expected one of {', '.join(DIRECTIONS)}")
 
 
+def _check_keep(name: str, keep) -> None:
+    if isinstance(keep, bool) or not isinstance(keep, int | float):
+        raise PlanError(f"{name}.keep: got {keep!r}, expected a count or a share in [0, 1]")
+    if keep < 0 or (isinstance(keep, float) and not keep <= 1):
+        raise PlanError(f"{name}.keep: got {keep!r}, expected a count >= 0 or a share in [0, 1]")
+
+
 @dataclass(frozen=True, slots=True)
 class HeadBudget:
-    """`keep` query heads: a count (int) or a share of them (float in [0, 1]). Which ones is decided by head scores."""
+    """`keep` query heads: a count (int) or a share of them (float in [0, 1]). Which ones is decided by head scores.
+
+    by: "head", or "group", query heads that share a KV head stay or go together (a cached KV head costs as long as
+    one of its query heads is active). over: "layer", the budget is each layer's own, or "model", all layers with this
+    budget share it: their heads compete, and `keep` is the mean of a layer.
+    """
+
+    keep: int | float
+    by: str = "head"
+    over: str = "layer"
+
+    def __post_init__(self):
+        _check_keep("heads", self.keep)
+        if self.by not in ("head", "group"):
+            raise PlanError(f"heads.by: got {self.by!r}, expected head or group")
+        if self.over not in ("layer", "model"):
+            raise PlanError(f"heads.over: got {self.over!r}, expected layer or model")
+
+    def count(self, num_heads: int, layers: int = 1) -> int:
+        """Number of heads kept of `layers` layers of `num_heads` (a share is rounded half up)."""
+        if isinstance(self.keep, int) and self.keep > num_heads:
+            raise PlanError(f"heads.keep: got {self.keep!r}, expected at most the model's {num_heads} heads")
+        return self.keep * layers if isinstance(self.keep, int) else math.floor(self.keep * num_heads * layers + 0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class NeuronBudget:
+    """`keep` FFN neurons of each layer, a count (int) or a share (float in [0, 1]), by a calibration's importance."""
 
     keep: int | float
 
     def __post_init__(self):
-        if isinstance(self.keep, bool) or not isinstance(self.keep, int | float):
-            raise PlanError(f"heads.keep: got {self.keep!r}, expected a count or a share in [0, 1]")
-        if self.keep < 0 or (isinstance(self.keep, float) and not self.keep <= 1):
-            raise PlanError(f"heads.keep: got {self.keep!r}, expected a count >= 0 or a share in [0, 1]")
+        _check_keep("ffn", self.keep)
 
-    def count(self, num_heads: int) -> int:
-        """Number of heads kept of `num_heads` (a share is rounded half up)."""
-        kept = self.keep if isinstance(self.keep, int) else math.floor(self.keep * num_heads + 0.5)
-        if kept > num_heads:
-            raise PlanError(f"heads.keep: got {self.keep!r}, expected at most the model's {num_heads} heads")
-        return kept
+    def count(self, size: int) -> int:
+        """Number of neurons kept of `size` (a share is rounded down, as `ffn: f` is)."""
+        if isinstance(self.keep, int) and self.keep > size:
+            raise PlanError(f"ffn.keep: got {self.keep!r}, expected at most the model's {size} neurons")
+        return self.keep if isinstance(self.keep, int) else int(size * self.keep + 1e-6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +118,13 @@ class LayerPlan:
     text_reads: text queries read the visual keys of the active heads.
     attention: "full", "none", or a `Neighborhood`: what a visual query reads among visual tokens.
     heads: None (all), a bool mask over query heads, a `HeadBudget`, or a `HeadFile`.
-    ffn: share of the FFN neurons that visual rows use (the first ones), or the neurons' indices.
+    ffn: share of the FFN neurons that visual rows use (the first ones), the neurons' indices, or a `NeuronBudget`.
     """
 
     text_reads: bool = True
     attention: str | Neighborhood = "full"
     heads: tuple[bool, ...] | HeadBudget | HeadFile | None = None
-    ffn: float | tuple[int, ...] = 1.0
+    ffn: float | tuple[int, ...] | NeuronBudget = 1.0
 
     def __post_init__(self):
         if not isinstance(self.text_reads, bool):
@@ -123,6 +153,8 @@ class LayerPlan:
         """FFN neurons used by visual rows of a layer with `size` neurons: a count of first ones, or indices."""
         if isinstance(self.ffn, float):
             return int(size * self.ffn + 1e-6)  # the official int(size / ratio), safe against 1/3 * 3 < 1
+        if isinstance(self.ffn, NeuronBudget):
+            raise PlanError(f"ffn: got the budget {{keep: {self.ffn.keep}}}, expected neurons (resolve it first)")
         if self.ffn and self.ffn[-1] >= size:
             raise PlanError(f"ffn: got neuron {self.ffn[-1]}, expected indices below the model's {size} neurons")
         return self.ffn
@@ -140,6 +172,8 @@ def _normal_heads(heads):
 
 
 def _normal_ffn(ffn):
+    if isinstance(ffn, NeuronBudget):
+        return ffn
     if hasattr(ffn, "tolist"):  # arrays and tensors of indices, as a calibration makes them
         ffn = ffn.tolist()
     if isinstance(ffn, int | float) and not isinstance(ffn, bool):
@@ -194,7 +228,10 @@ class VisualPlan:
             raise PlanError(f"plan {self.name!r}: got {self.num_layers} layers, expected the model's {num_layers}")
         for index, layer in enumerate(self.layers):
             try:
-                layer.neurons(ffn_size)
+                if isinstance(layer.ffn, NeuronBudget):
+                    layer.ffn.count(ffn_size)
+                else:
+                    layer.neurons(ffn_size)
                 if isinstance(layer.heads, HeadBudget):
                     layer.heads.count(num_heads)
             except PlanError as error:

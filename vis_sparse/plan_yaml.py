@@ -9,7 +9,17 @@ from pathlib import Path
 
 import yaml
 
-from .plan import HeadBudget, HeadFile, LayerPlan, Neighborhood, PlanError, PlanRecipe, VisualPlan, layer_range
+from .plan import (
+    HeadBudget,
+    HeadFile,
+    LayerPlan,
+    Neighborhood,
+    NeuronBudget,
+    PlanError,
+    PlanRecipe,
+    VisualPlan,
+    layer_range,
+)
 
 CONFIGS = Path(__file__).parent / "configs"
 _PLAN_KEYS = ("name", "about", "semantics", "num_layers", "default", "layers")
@@ -119,8 +129,8 @@ def _changes(value, where: str) -> dict | LayerPlan:
         changes["attention"] = _attention(changes["attention"], where)
     if "heads" in changes:
         changes["heads"] = _heads(changes["heads"], where)
-    if isinstance(changes.get("ffn"), list):
-        changes["ffn"] = tuple(changes["ffn"])
+    if "ffn" in changes:
+        changes["ffn"] = _ffn(changes["ffn"], where)
     try:
         LayerPlan(**changes)
     except PlanError as error:
@@ -144,11 +154,23 @@ def _heads(value, where: str):
     if value is None or value == "all":
         return None
     if isinstance(value, dict):
-        _known(value, ("keep", "file"), f"{where}: heads")
-        if len(value) != 1:
+        _known(value, ("keep", "by", "over", "file"), f"{where}: heads")
+        if ("keep" in value) == ("file" in value) or "file" in value and len(value) > 1:
             raise PlanError(f"{where}: heads: got {value!r}, expected either keep or file")
         try:
-            return HeadBudget(value["keep"]) if "keep" in value else HeadFile(str(value["file"]))
+            return HeadBudget(**value) if "keep" in value else HeadFile(str(value["file"]))
+        except PlanError as error:
+            raise PlanError(f"{where}: {error}") from None
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _ffn(value, where: str):
+    if isinstance(value, dict):
+        _known(value, ("keep",), f"{where}: ffn")
+        if "keep" not in value:
+            raise PlanError(f"{where}: ffn: keep is missing")
+        try:
+            return NeuronBudget(value["keep"])
         except PlanError as error:
             raise PlanError(f"{where}: {error}") from None
     return tuple(value) if isinstance(value, list) else value
@@ -172,14 +194,16 @@ def write_plan(plan: VisualPlan) -> str:
 
 
 def _layer_dict(layer: LayerPlan) -> dict:
-    attention, heads = layer.attention, layer.heads
+    attention, heads, ffn = layer.attention, layer.heads, layer.ffn
     if isinstance(attention, Neighborhood):
         attention = dataclasses.asdict(attention)
     if isinstance(heads, HeadBudget | HeadFile):
         heads = dataclasses.asdict(heads)
+    if isinstance(ffn, NeuronBudget):
+        ffn = dataclasses.asdict(ffn)
     return {
         "text_reads": layer.text_reads,
         "attention": attention,
         "heads": "all" if heads is None else list(heads) if isinstance(heads, tuple) else heads,
-        "ffn": list(layer.ffn) if isinstance(layer.ffn, tuple) else layer.ffn,
+        "ffn": list(ffn) if isinstance(ffn, tuple) else ffn,
     }

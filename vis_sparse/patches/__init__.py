@@ -44,13 +44,15 @@ def patch(
     plan: VisualPlan | PlanRecipe | str | Path = "auto",
     *,
     heads=None,
+    calibration=None,
     backend: str = "auto",
 ) -> nn.Module:
     """Make `model` compute on its visual tokens only what `plan` asks for. In place; returns the model.
 
     plan: a plan, a recipe, a shipped plan's name or a YAML file; "auto" is the family's conservative, training-free
     plan. heads: for plans with head budgets, a file or array (layers, heads) of masks or scores; "first" keeps the
-    first heads (random weights only). backend: "auto", "torch" or "reference".
+    first heads (random weights only). calibration: a `Calibration` or its file, for head and neuron
+    budgets. backend: "auto", "torch" or "reference".
 
     A second patch replaces the first. Weights are not changed. Raises PatchError for a model that is not supported
     and PlanError for a plan that does not fit it; the model is then as it was.
@@ -64,7 +66,7 @@ def patch(
     name = family.auto_plan if isinstance(plan, str) and plan == "auto" else plan
     resolved = as_plan(name, len(decoder.layers))
     resolved.check_fits(len(decoder.layers), decoder.num_heads, decoder.ffn_size)
-    resolved = resolve_heads(resolved, decoder.num_heads, decoder.num_kv_heads, heads)
+    resolved = resolve_heads(resolved, decoder.num_heads, decoder.num_kv_heads, heads, calibration)
     resolved.check_fits(len(decoder.layers), decoder.num_heads, decoder.ffn_size)
     try:
         kernels = get_backend(backend)
@@ -85,10 +87,12 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def patched(model: nn.Module, plan="auto", *, heads=None, backend: str = "auto") -> Iterator[nn.Module]:
+def patched(
+    model: nn.Module, plan="auto", *, heads=None, calibration=None, backend: str = "auto"
+) -> Iterator[nn.Module]:
     """`patch` for the length of a `with` block; afterwards the model is as it was, an earlier patch included."""
     before = _state(model)
-    patch(model, plan, heads=heads, backend=backend)
+    patch(model, plan, heads=heads, calibration=calibration, backend=backend)
     try:
         yield model
     finally:
