@@ -17,6 +17,8 @@ _EXPORTS = {
     "load_heads": "heads",
     "flops": "cost",
     "calibrate": "calibration",
+    "search": "search",
+    "search_front": "search",
     "Calibration": "calibration",
     "SampleError": "records",
     "patch": "patches",
@@ -26,6 +28,7 @@ _EXPORTS = {
     "use_layout": "patches",
     "PatchError": "patches.errors",
     "load_internvl2": "internvl2",
+    "released_plan": "patches.original_llava",
 }
 __all__ = sorted(_EXPORTS)
 __version__ = "0.1.0"

@@ -19,10 +19,21 @@ from .family import Family
 from .internvl import INTERNVL
 from .llava import LLAVA, VIP_LLAVA
 from .llava_next import LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION
+from .original_llava import ORIGINAL_LLAVA
 from .qwen_vl import QWEN2_VL, QWEN3_VL
 from .state import PatchState
 
-FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION, VIP_LLAVA, QWEN2_VL, QWEN3_VL, INTERNVL)
+FAMILIES = (
+    LLAVA,
+    LLAVA_NEXT,
+    LLAVA_NEXT_VIDEO,
+    LLAVA_ONEVISION,
+    VIP_LLAVA,
+    ORIGINAL_LLAVA,
+    QWEN2_VL,
+    QWEN3_VL,
+    INTERNVL,
+)
 
 
 def _family(model: nn.Module) -> Family:
