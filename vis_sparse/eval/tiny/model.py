@@ -130,7 +130,9 @@ def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight":  # tied to the word embeddings
             tensors[_published_name(name)] = tensor.detach().to(torch.float16).contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = folder / "model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # safetensors lets nobody else read its files
 
 
 def _published_name(name: str) -> str:

@@ -29,7 +29,7 @@ from vis_sparse.eval.tiny.score import score
 
 SEED = 0
 VISION_STEPS, VISION_LR, VISION_IMAGES = 6000, 1.5e-3, (10, 14)  # (easy-VQA, grids) in a batch
-WHOLE_STEPS, WHOLE_LR, WHOLE_IMAGES = 8000, 1e-3, (6, 10)
+WHOLE_STEPS, WHOLE_LR, WHOLE_IMAGES = 4400, 1e-3, (6, 10)
 WARMUP_STEPS = 200
 DECAY_SHARE = 0.25
 WORD_LOSS_WEIGHT = 0.5
