@@ -134,7 +134,7 @@ def _walked(near: Neighborhood, segments, runs, sides) -> int:
         last = t if near.direction == "causal" else np.minimum(t + near.frames, frames - 1)
         boxes = (last - np.maximum(t - near.frames, 0) + 1).sum() * rows.sum() * columns.sum()
         total += sides[0] * sides[1] * (int(boxes) + frames * len(rows) * len(columns) * text)
-    return total
+    return int(total)
 
 
 def _box_sides(near: Neighborhood, side: int, tile: int, up_to_query: bool) -> np.ndarray:

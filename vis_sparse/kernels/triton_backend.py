@@ -49,7 +49,7 @@ def visual_attention(
     rule = (near.radius, near.frames, near.stride, int(near.direction == "causal"))
     out, _ = triton_ops.near(
         query, key, value, tables.tiles, tables.segments, tables.runs, columns, blocks, tiles, scale, rule,
-        tables.sides, sides, config, tables.pairs,
+        tables.sides, sides, [*config], tables.pairs,
     )  # fmt: skip
     return out
 
@@ -60,7 +60,7 @@ def attention_mass(query: torch.Tensor, key: torch.Tensor, pattern: TextPattern,
     config = tuning.run_blocks(rows.shape[2], rows.element_size(), tuning.device_of(rows))
     tables = pattern.derive(run_tables, config.queries)
     mass = triton_ops.mass(
-        rows, key, tables.columns, tables.blocks, tables.offsets, tables.runs, pattern.derive(_blind), scale, config,
+        rows, key, tables.columns, tables.blocks, tables.offsets, tables.runs, pattern.derive(_blind), scale, [*config],
         tables.pairs,
     )  # fmt: skip
     return mass.unflatten(0, query.shape[:2])
@@ -85,7 +85,7 @@ def _runs(query, key, value, pattern, scale: float, blind, queries: int) -> torc
         blocks = pattern.derive(key_blocks, tuning.key_gradient_blocks(head_dim, size, device).keys)
     out, _ = triton_ops.runs(
         query, key, value, tables.columns, tables.blocks, tables.offsets, tables.runs, blind, query_blocks, blocks,
-        scale, config, (packed, splits, slots_a_split), tables.pairs,
+        scale, [*config], (packed, splits, slots_a_split), tables.pairs,
     )  # fmt: skip
     return out
 

@@ -13,7 +13,7 @@ import torch
 import triton
 
 # Programs a multiprocessor should get before larger tiles are worth their halo.
-_WAVES = 4
+_WAVES = 2
 _DECODE_ROWS = 16  # the smallest M of a tensor core product
 _SLOTS_A_SPLIT = 256  # fewer keys than this are not worth a program of their own
 
