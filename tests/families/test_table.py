@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+import vis_sparse
+
+from ..models import random_plan
+from ..test_dispatch import Counted
 from .cases import CASES
-from .parity import dense_errors, oracle_error
-from .scenarios import SCENARIOS
+from .parity import dense_errors, model_of, oracle_error
+from .scenarios import SCENARIOS, make_request
 
 CELLS = [
     pytest.param(case, scenario, id=f"{case.name}-{name}")
@@ -29,3 +33,39 @@ def test_dense_plan_is_the_unpatched_model(case, scenario):
 @torch.no_grad()
 def test_random_plan_is_the_oracle(case, scenario, semantics):
     assert oracle_error(case, scenario, semantics) <= 1e-5
+
+
+every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+
+
+@every_case
+@torch.no_grad()
+def test_unpatch_is_exact(case):
+    model = case.build(torch.float32)
+    request = make_request(case, SCENARIOS["mixed batch"], torch.float32)
+    before, attributes = model(**request.inputs).logits, [set(vars(module)) for module in model.modules()]
+    state = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
+    vis_sparse.patch(model, random_plan(1))
+    assert not torch.equal(model(**request.inputs).logits, before), "the plan does something"
+    vis_sparse.unpatch(model)
+    assert torch.equal(model(**request.inputs).logits, before)
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    for name, tensor in model.state_dict().items():
+        assert tensor.data_ptr() == state[name][0] and torch.equal(tensor, state[name][1]), name
+
+
+@every_case
+@torch.no_grad()
+def test_text_only_dispatches_what_the_unpatched_model_does(case):
+    model = model_of(case, torch.float32, "patched")
+    inputs = make_request(case, SCENARIOS["no image"], torch.float32).inputs
+
+    def dispatched():
+        with Counted() as counted:
+            prefill = model(**inputs, use_cache=True)
+            model(input_ids=inputs["input_ids"][:, -1:], past_key_values=prefill.past_key_values)
+        return counted.ops, counted.views
+
+    expected = dispatched()
+    with vis_sparse.patched(model, random_plan(1)):
+        assert dispatched() == expected
