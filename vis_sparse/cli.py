@@ -15,6 +15,7 @@ from .cli_calibrate import calibrate_command
 from .cli_convert import convert_command
 from .cli_flops import flops_command
 from .cli_plan import plan_app
+from .cli_search import search_command
 from .eval.bench import bench_command
 from .eval.bench_kernels import bench_kernels_command
 from .eval.demo import demo_command
@@ -61,6 +62,9 @@ app.command("bench-kernels", epilog="Example: vis-sparse bench-kernels --setting
 app.command("demo", epilog="Example: vis-sparse demo --questions 100")(demo_command)
 app.command("calibrate", epilog="Example: vis-sparse calibrate --model DIR --data tiny-train --out calib.safetensors")(
     calibrate_command
+)
+app.command("search", epilog="Example: vis-sparse search --model DIR --data tiny-train --budget 0.12 --out plan.yaml")(
+    search_command
 )
 app.command("convert-internvl2", epilog="Example: vis-sparse convert-internvl2 InternVL2-8B InternVL2-8B-hf")(
     convert_command

@@ -1,0 +1,91 @@
+"""`vis-sparse search`: the best plan for a budget, measured on samples."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from .cli_calibrate import CheckpointOption, DataOption, DeviceOption, DtypeOption, PromptOption, SamplesOption
+from .cli_data import records
+from .cli_options import JsonOption, bar, report, tight_table
+from .eval.progress import progress
+from .front import described, pareto, write_front
+from .plan import PlanError
+from .plan_search import Point
+
+
+def search_command(
+    model: CheckpointOption,
+    data: DataOption,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The plan's YAML file.")],
+    budget: Annotated[float, typer.Option(help="Share of the dense model's cost that the plan may have.")] = 0.25,
+    cost: Annotated[str, typer.Option(help="visual or prefill (FLOPs), or kv (bytes of visual keys).")] = "visual",
+    objective: Annotated[str, typer.Option(help="kl (to the dense model's answers) or accuracy.")] = "kl",
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What calibrate wrote.", show_default="made from the samples")
+    ] = None,
+    front: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Also keep the Pareto front there.")] = None,
+    time_limit: Annotated[
+        str | None, typer.Option(metavar="TIME", help="90s, 10m or 2h; then every step is the next best known.")
+    ] = None,
+    samples: SamplesOption = 64,
+    prompt: PromptOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+    json_file: JsonOption = None,
+) -> None:
+    """Find what visual tokens can do without, layer by layer, down to a budget."""
+    from .calibration import Calibration
+    from .cli_model import load_model
+    from .plan_search import search_front
+    from .samples import answered, encode, on_device
+
+    seconds = _seconds(time_limit)
+    measured = None if calibration is None else Calibration.load(calibration)
+    loaded, processor = load_model(model, dtype, device)
+    encoded = (on_device(encode(processor, record), loaded) for record in records(data, samples, prompt))
+    points = []
+    with progress("searching") as step:
+        found = search_front(
+            loaded,
+            [answered(loaded, sample, 16) for sample in encoded],
+            budget=budget,
+            cost=cost,
+            objective=objective,
+            calibration=measured,
+            time_limit=seconds,
+        )
+        for point in found:
+            points.append(point)
+            if front is not None:
+                write_front(front, points, cost)
+            step(int(100 * (1 - point.cost)), int(100 * (1 - budget)))
+    best = min((point for point in points if point.cost <= budget), key=lambda point: point.kl)
+    out.write_text(described(best, cost).to_yaml())
+    rows = [{"cost": point.cost, "kl": point.kl, "accuracy": point.accuracy} for point in pareto(points)]
+    data_out = {"file": str(out), "cost": cost, "budget": budget, "steps": len(points) - 1, "front": rows}
+    report(data_out, json_file, lambda console: _draw(console, pareto(points), best, out))
+
+
+def _seconds(text: str | None) -> float | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
+    if match is None:
+        raise PlanError(f"time-limit: got {text!r}, expected like 90s, 10m or 2h")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _draw(console: Console, front: list[Point], best: Point, out: Path) -> None:
+    table = tight_table("cost", "", "KL", "accuracy", left=("",))
+    for point in front[:: max(1, len(front) // 15)]:
+        style = "bold" if point is best else ""
+        cells = (f"{point.cost:.1%}", bar(point.cost), f"{point.kl:.4f}", f"{point.accuracy:.1%}")
+        table.add_row(*(cell if isinstance(cell, Text) else Text(cell, style=style) for cell in cells))
+    console.print(table)
+    console.print(f"{best.cost:.1%} of dense at KL {best.kl:.4f}, written to {out}", soft_wrap=True)

@@ -1,0 +1,202 @@
+"""What a plan does to the answers of some samples: logits computed from the first layer that the plan changes.
+
+The samples' dense pass (vision tower, embeddings, every layer's input) runs once; a plan that agrees with the current
+one up to a layer starts there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .cache import Book
+from .call import Call
+from .kernels import get_backend
+from .lanes import LaneExecutor
+from .layout import VisualLayout
+from .packing import pack
+from .plan import VisualPlan
+from .profiles import Target, arguments_of, hooked
+from .samples import NO_LABEL
+
+
+@dataclass
+class _Batch:
+    """Samples of one call. states: input of every layer and of the final norm, (batch, length, width)."""
+
+    states: list[torch.Tensor]
+    cos: torch.Tensor
+    sin: torch.Tensor
+    call: Call
+    added: Sequence[torch.Tensor]
+    rows: tuple[torch.Tensor, torch.Tensor]  # (sample, column) of each row that predicts an answer's token
+    labels: torch.Tensor
+    weights: torch.Tensor  # of the rows: every sample counts as much
+
+
+class Probe:
+    """Samples on an unpatched model, and what plans change about their answers.
+
+    samples: as `calibrate` takes them, with labels, on the model's device. batch: samples in one call. Memory: the
+    inputs of all layers for all samples.
+    """
+
+    @torch.no_grad()
+    def __init__(self, target: Target, samples: Sequence[dict], batch: int = 16):
+        self.target, self.backend = target, get_backend()
+        self.plan = VisualPlan.dense(len(target.decoder.layers))
+        self._batches, layouts, lengths = [], [], []
+        for group in _batches(samples, batch):
+            layouts += [target.layout(sample) for sample in group]
+            lengths += [sample["input_ids"].shape[1] for sample in group]
+            self._batches.append(self._observe(group))
+        self.layouts, self.lengths = layouts, lengths
+        self._dense = [self._logits(b, b.states[-1]).log_softmax(-1) for b in self._batches]
+
+    def _observe(self, group: list[dict]) -> _Batch:
+        inputs = _collate(group)
+        labels, mask, seen = inputs["labels"], inputs["attention_mask"], {}
+        states = []
+
+        def text_call(module, args, kwargs):
+            seen.update(kwargs)
+
+        target = self.target
+        norms = [layer.module("input_norm") for layer in target.decoder.layers] + [target.decoder.norm]
+        handle = target.text_model.register_forward_pre_hook(text_call, with_kwargs=True)
+        try:
+            with hooked([(norm, lambda module, args: states.append(args[0])) for norm in norms]):
+                target.encode(inputs)
+        finally:
+            handle.remove()
+        layout = target.family.read_layout(target.outer, arguments_of(inputs), 0)
+        length, positions = labels.shape[1], seen.get("position_ids")
+        if positions is None:
+            positions = torch.arange(length, device=labels.device)[None]
+        # of M-RoPE's planes the last three count
+        cos, sin = target.decoder.rotary(states[0], position_ids=positions[-3:] if positions.dim() == 3 else positions)
+        sample, column = (labels[:, 1:] != NO_LABEL).nonzero(as_tuple=True)
+        counts = torch.bincount(sample, minlength=len(group))
+        return _Batch(
+            states,
+            cos,
+            sin,
+            _call(layout, length, mask.cpu().numpy().astype(bool), self.plan, labels.device),
+            list(seen.get("deepstack_visual_embeds") or ()),
+            (sample, column),
+            labels[sample, column + 1],
+            1 / counts[sample],
+        )
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.layouts)
+
+    def _logits(self, batch: _Batch, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 logits of the answers' rows from the final norm's input."""
+        normed = self.target.decoder.norm(hidden[batch.rows])
+        return self.target.model.get_output_embeddings()(normed).float()
+
+    def _executor(self, plan: VisualPlan, start: int) -> LaneExecutor:
+        decoder = dataclasses.replace(self.target.decoder, layers=self.target.decoder.layers[start:])
+        return LaneExecutor(decoder, plan.replace(layers=plan.layers[start:]), self.backend)
+
+    def first_change(self, plan: VisualPlan) -> int:
+        """The first layer in which `plan` differs from the current plan; the number of layers if in none."""
+        pairs = enumerate(zip(plan.layers, self.plan.layers, strict=True))
+        return next((index for index, (new, old) in pairs if new != old), plan.num_layers)
+
+    @torch.no_grad()
+    def logits(self, plan: VisualPlan) -> Iterator[torch.Tensor]:
+        """fp32 logits (rows, vocabulary) of the answers under `plan`, batch after batch. Heads must be masks.
+
+        Visual rows that the current plan stops computing are not there for a plan that needs them later.
+        """
+        start = self.first_change(plan)
+        executor = self._executor(plan, start) if start < plan.num_layers else None
+        for batch in self._batches:
+            hidden = batch.states[start]
+            if executor is not None:
+                hidden = executor.run(hidden, batch.cos, batch.sin, batch.call, added=batch.added[start:])
+            yield self._logits(batch, hidden)
+
+    def divergence(self, plan: VisualPlan) -> float:
+        """KL(dense || plan) of the next-token distributions at the answers' rows: mean over samples, nats."""
+        total = 0.0
+        for batch, dense, logits in zip(self._batches, self._dense, self.logits(plan), strict=True):
+            rows = torch.nn.functional.kl_div(logits.log_softmax(-1), dense, reduction="none", log_target=True).sum(-1)
+            total += float((rows * batch.weights).sum())
+        return total / self.num_samples
+
+    def accuracy(self, plan: VisualPlan) -> float:
+        """Share of the samples whose answer's tokens are all the likeliest ones (given those before them)."""
+        right = 0
+        for batch, logits in zip(self._batches, self.logits(plan), strict=True):
+            wrong = batch.rows[0][logits.argmax(-1) != batch.labels]
+            right += batch.call.batch - len(wrong.unique())
+        return right / self.num_samples
+
+    @torch.no_grad()
+    def adopt(self, plan: VisualPlan) -> None:
+        """Make `plan` the current one: the inputs of the layers after its first change are computed anew."""
+        start = self.first_change(plan)
+        if start < plan.num_layers:
+            executor = self._executor(plan, start)
+            for batch in self._batches:
+                collected: list[torch.Tensor] = []
+                hidden = batch.states[start]
+                last = executor.run(hidden, batch.cos, batch.sin, batch.call, None, collected, batch.added[start:])
+                batch.states[start:] = [*collected, last]
+        self.plan = plan
+
+
+def _call(layout: VisualLayout, length: int, mask: np.ndarray, plan: VisualPlan, device) -> Call:
+    packing = pack(layout, length, 0, mask)
+    book = Book(layout.batch_size, plan)
+    book.append(packing.slots(), length)
+    return Call(packing, book.slots, book.text_slots(), device)
+
+
+def _batches(samples: Sequence[dict], size: int) -> Iterator[list[dict]]:
+    """Runs of samples whose pixels can lie in one tensor."""
+    group: list[dict] = []
+    for sample in samples:
+        if group and (len(group) == size or _pixel_shapes(sample) != _pixel_shapes(group[0])):
+            yield group
+            group = []
+        group.append(sample)
+    if group:
+        yield group
+
+
+def _is_per_token(sample: dict, name: str) -> bool:
+    return sample[name].shape == sample["input_ids"].shape
+
+
+def _pixel_shapes(sample: dict) -> dict:
+    names = (name for name, value in sample.items() if isinstance(value, torch.Tensor))
+    return {name: sample[name].shape[1:] for name in names if not _is_per_token(sample, name)}
+
+
+def _collate(group: list[dict]) -> dict:
+    """One batch of samples, padded on the left."""
+    length = max(sample["input_ids"].shape[1] for sample in group)
+    batch = {}
+    for name, value in group[0].items():
+        if not isinstance(value, torch.Tensor):
+            batch[name] = value
+        elif _is_per_token(group[0], name):
+            fill = NO_LABEL if name == "labels" else 0
+            batch[name] = torch.cat([_padded(sample[name], length, fill) for sample in group])
+        else:
+            batch[name] = torch.cat([sample[name] for sample in group])
+    masks = (sample.get("attention_mask", torch.ones_like(sample["input_ids"])) for sample in group)
+    return batch | {"attention_mask": torch.cat([_padded(mask, length, 0) for mask in masks])}
+
+
+def _padded(row: torch.Tensor, length: int, fill: int) -> torch.Tensor:
+    return torch.nn.functional.pad(row, (length - row.shape[1], 0), value=fill)
