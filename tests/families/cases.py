@@ -120,7 +120,11 @@ def _qwen_vl(name, text: dict, vision: dict, video_grids, video_processor=hf.Qwe
 
     pictures = (Visual((24, 16), ((1, 2, 3),)), Visual((8, 32), ((1, 4, 1),)))
     video = Visual((4, 24, 16), video_grids)
-    return Case(name.replace("_", "."), model_class, config, processor, pictures, video)
+    # as their chat templates write them: beams count images by the token before them
+    texts = dict(
+        image_text="<|vision_start|> <image> <|vision_end|>", video_text="<|vision_start|> <video> <|vision_end|>"
+    )
+    return Case(name.replace("_VL", "VL").replace("_", "."), model_class, config, processor, pictures, video, **texts)
 
 
 def _anyres(name, vision: dict, processor, pictures, video_grids=(), **settings):
