@@ -15,7 +15,9 @@ from vis_sparse.calibration import Calibration, calibrate
 from vis_sparse.cli_data import records
 from vis_sparse.heads import keep_heads, load_heads, resolve_heads
 from vis_sparse.patches.errors import PatchError
-from vis_sparse.plan import HeadBudget, LayerPlan, NeuronBudget, PlanError, VisualPlan
+from vis_sparse.plan import HeadBudget, LayerPlan, Neighborhood, NeuronBudget, PlanError, VisualPlan, with_layer
+from vis_sparse.probe import Probe
+from vis_sparse.profiles import Target
 from vis_sparse.records import SampleError, read_records
 from vis_sparse.samples import answer_rows, answered, with_answer
 
@@ -153,6 +155,20 @@ def test_changes_and_neurons_are_those_of_the_layers():
     importance = inner[0][visual].abs().mean(0) * layer.mlp.down_proj.weight.norm(dim=0)
     assert result.neurons.shape == (LAYERS, NEURONS)
     np.testing.assert_allclose(result.neurons[1], importance.detach(), rtol=1e-5)
+
+
+def test_sensitivity_is_the_divergence_of_one_reduced_layer():
+    model = make_model()
+    samples = make_samples(model, 2)
+    result = calibrate(model, samples, sensitivity=True)
+    assert result.sensitivity.shape == (LAYERS, 3)
+    probes = [Probe(Target.of(model), [sample]) for sample in samples]
+    dense = VisualPlan.dense(LAYERS)
+    for column, layer in enumerate((LayerPlan.off(), LayerPlan(attention=Neighborhood(2)), LayerPlan(ffn=0.0))):
+        for index in range(LAYERS):
+            measured = np.mean([probe.divergence(with_layer(dense, index, layer)) for probe in probes])
+            np.testing.assert_allclose(result.sensitivity[index, column], measured, rtol=1e-5, atol=1e-8)
+    assert result.sensitivity[0, 0] > 0 and result.sensitivity[-1, 2] == 0  # the last layer's rows are read by nobody
 
 
 def test_the_model_is_left_as_it_was():

@@ -10,8 +10,8 @@ import torch
 import vis_sparse
 from vis_sparse.cost import flops
 from vis_sparse.front import described, pareto, write_front
-from vis_sparse.plan import LayerPlan, Neighborhood, PlanError, VisualPlan
-from vis_sparse.plan_search import Point, search_front, with_layer
+from vis_sparse.plan import LayerPlan, Neighborhood, PlanError, VisualPlan, with_layer
+from vis_sparse.plan_search import Point, search_front
 from vis_sparse.probe import Probe
 from vis_sparse.profiles import Target
 from vis_sparse.samples import answer_rows

@@ -29,7 +29,9 @@ class Calibration:
     begin to leave the head (`effects.head_effects`), zeros if that was not measured. text_mass (L,): visual share of
     the attention of text rows after the first image. attention_change, ffn_change (L, 2): of visual rows, cosine
     before and after the part and relative norm of what it adds. neurons (L, neurons): mean |activation| of visual rows
-    times the norm of the neuron's output column. metadata: model, data, sizes and versions, text to text.
+    times the norm of the neuron's output column. sensitivity (L, 3), None if it was not measured: KL(dense || plan) of
+    the answer's tokens (nats) when that layer alone is off for visual tokens, attends to neighbours only, skips its FFN
+    (`probe.SENSITIVITY`). metadata: model, data, sizes and versions, text to text.
     """
 
     heads: np.ndarray
@@ -40,6 +42,7 @@ class Calibration:
     attention_change: np.ndarray
     ffn_change: np.ndarray
     neurons: np.ndarray
+    sensitivity: np.ndarray | None = None
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -69,16 +72,16 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, at once: an interrupted save leaves the old file."""
-        tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}
-        write_tensors(path, tensors, self.metadata)
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        write_tensors(path, {name: array for name, array in tensors.items() if array is not None}, self.metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
         """Read what `save` wrote. Raises PlanError naming the file if it is missing or something else."""
         try:
             tensors, metadata = read_tensors(path)
-            return cls(**{name: tensors[name] for name in _TENSORS}, metadata=metadata)
-        except (OSError, SafetensorError, KeyError) as error:
+            return cls(**tensors, metadata=metadata)
+        except (OSError, SafetensorError, TypeError) as error:
             raise PlanError(f"calibration: {path}: expected a file that calibrate wrote ({error})") from None
 
 
@@ -91,6 +94,7 @@ def calibrate(
     samples: Iterable[dict],
     *,
     scores: str = "effects",
+    sensitivity: bool = False,
     max_new_tokens: int = 16,
     out: str | Path | None = None,
     on_sample: Callable[[int], None] | None = None,
@@ -101,13 +105,15 @@ def calibrate(
     samples: model inputs of one sequence each (`samples.encode` makes them), with `labels` at the answer's tokens;
     without labels the model's own greedy answer of at most `max_new_tokens` tokens is taken. scores: what the head
     scores are, "effects" (a backward pass for each sample) or "mass" (the paper's score, from the forward pass alone).
-    out: the file to write the result to; a run that is interrupted leaves its sums in `out.partial`, from which the
-    same run goes on with the same result. on_sample(done): called after each sample. data: a name for the metadata.
+    sensitivity: also measure what each layer is to the answers (three partial passes a layer for each sample). out:
+    the file to write the result to; a run that is interrupted leaves its sums in `out.partial`, from which the same
+    run goes on with the same result. on_sample(done): called after each sample. data: a name for the metadata.
 
     Memory does not grow with the samples but for `ratios`, 4 bytes for each head of a sample. Raises PatchError for a
     model that is patched or not supported, SampleError for a sample without visual tokens or answer.
     """
     from .effects import head_effects
+    from .probe import sensitivities
     from .profiles import Target, column_norms, profile
     from .samples import answered, on_device
 
@@ -115,7 +121,7 @@ def calibrate(
         raise PlanError(f"scores: got {scores!r}, expected one of {', '.join(SCORES)}")
     target = Target.of(model)
     norms = column_norms(target)
-    facts = _facts(target, data, max_new_tokens) | {"scores": scores}
+    facts = _facts(target, data, max_new_tokens) | {"scores": scores, "sensitivity": str(sensitivity)}
     sums = Sums(None if out is None else f"{out}.partial", facts, keep="ratios")
     for index, sample in enumerate(samples):
         if sums.knows(index, sample):
@@ -124,6 +130,8 @@ def calibrate(
             sample = answered(model, on_device(sample, model), max_new_tokens)
             measured = vars(profile(target, sample, norms))
             measured["effects"] = head_effects(target, sample) if scores == "effects" else measured["ratios"] * 0
+            if sensitivity:
+                measured["sensitivity"] = sensitivities(target, sample)
             sums.add({name: value.numpy() for name, value in measured.items()})
         except SampleError as error:
             raise SampleError(f"sample {index}: {error}") from None

@@ -39,6 +39,9 @@ def calibrate_command(
     scores: Annotated[
         str, typer.Option(help="Head scores: effects (on the answer's log-odds), or mass (the paper's, cheaper).")
     ] = "effects",
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Also measure what each layer is to the answers (slower).")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the model's own answer, where data has none.")] = 16,
     export_mask: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write active heads as .npy, the official masks' format.")
@@ -59,6 +62,7 @@ def calibrate_command(
             loaded,
             (encode(processor, record) for record in chosen),
             scores=scores,
+            sensitivity=sensitivity,
             max_new_tokens=max_new_tokens,
             out=out,
             on_sample=lambda done: step(done, len(chosen)),

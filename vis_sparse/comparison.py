@@ -22,8 +22,8 @@ from .eval.progress import progress
 from .eval.tiny import checkpoint
 from .eval.tiny.data import KINDS, questions
 from .heads import keep_heads
-from .plan import HeadBudget, LayerPlan, Neighborhood, VisualPlan, mask_plan
-from .plan_search import COSTS, search_front, with_layer
+from .plan import HeadBudget, LayerPlan, Neighborhood, VisualPlan, mask_plan, with_layer
+from .plan_search import COSTS, search_front
 from .probe import Probe
 from .profiles import Target
 from .records import Record

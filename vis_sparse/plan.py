@@ -409,3 +409,8 @@ def mask_plan(plan: VisualPlan, masks: Sequence[Sequence[bool]]) -> VisualPlan:
     pairs = zip(plan.layers, masks, strict=True)
     layers = (dataclasses.replace(layer, heads=tuple(map(bool, mask))) for layer, mask in pairs)
     return plan.replace(layers=tuple(layers))
+
+
+def with_layer(plan: VisualPlan, index: int, layer: LayerPlan) -> VisualPlan:
+    """`plan` with one layer replaced."""
+    return plan.replace(layers=(*plan.layers[:index], layer, *plan.layers[index + 1 :]))

@@ -17,7 +17,7 @@ import numpy as np
 from .cost import flops
 from .cost_report import CostReport
 from .heads import keep_heads
-from .plan import HeadBudget, LayerPlan, Neighborhood, PlanError, VisualPlan
+from .plan import HeadBudget, LayerPlan, Neighborhood, PlanError, VisualPlan, with_layer
 from .shapes import shape_of
 
 # What a share of 1 of the cost is, and of what the budget is a share.
@@ -141,11 +141,6 @@ def _descend(probe, moves: Moves, counted, loss, budget: float, end: float | Non
             queue.append((rate(with_layer(plan, index, layer)), count, (index, layer)))
             count += 1
         heapq.heapify(queue)
-
-
-def with_layer(plan: VisualPlan, index: int, layer: LayerPlan) -> VisualPlan:
-    """`plan` with one layer replaced."""
-    return plan.replace(layers=(*plan.layers[:index], layer, *plan.layers[index + 1 :]))
 
 
 class Moves:

@@ -19,9 +19,16 @@ from .kernels import get_backend
 from .lanes import LaneExecutor
 from .layout import VisualLayout
 from .packing import pack
-from .plan import VisualPlan
+from .plan import LayerPlan, Neighborhood, VisualPlan, with_layer
 from .profiles import Target, arguments_of, hooked
 from .samples import NO_LABEL
+
+# name -> what a layer is reduced to, alone, to see how much the answers need it
+SENSITIVITY = {
+    "layer off": LayerPlan.off(),
+    "neighbours only": LayerPlan(attention=Neighborhood(2, "causal")),
+    "no FFN": LayerPlan(ffn=0.0),
+}
 
 
 @dataclass
@@ -152,6 +159,16 @@ class Probe:
                 last = executor.run(hidden, batch.cos, batch.sin, batch.call, None, collected, batch.added[start:])
                 batch.states[start:] = [*collected, last]
         self.plan = plan
+
+
+def sensitivities(target: Target, sample: dict) -> torch.Tensor:
+    """(layers, 3) float64: the divergence of a sample's answer under each reduction of `SENSITIVITY` in each layer."""
+    probe = Probe(target, [sample])
+    rows = (
+        [probe.divergence(with_layer(probe.plan, index, layer)) for layer in SENSITIVITY.values()]
+        for index in range(probe.plan.num_layers)
+    )
+    return torch.tensor(list(rows), dtype=torch.float64)
 
 
 def _call(layout: VisualLayout, length: int, mask: np.ndarray, plan: VisualPlan, device) -> Call:
