@@ -7,15 +7,19 @@ BENCH ?= --model llava-1.5-7b --layers 8 --plan dense,auto,yopo-25,yopo-12 --dec
 DEMO ?=
 TINY ?=
 PYTEST ?= -n 2 -q
+OLD := .venv-old
+# the original package pins torch 2.0 and transformers 4.36, but its model classes run on today's
+LLAVA := --no-deps llava-torch==1.2.2.post1
 
 # The checkpoints and data of every target come with the packages.
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test lint bench tiny clean
+.PHONY: help setup demo test test-old lint bench tiny clean
 help:
 	@echo "make demo    the shipped tiny LLaVA, dense and under three plans, on held-out images: table, PNG, HTML page"
 	@echo "make test    the tests"
+	@echo "make test-old  the tests on transformers 5.17 and torch 2.11, in $(OLD)"
 	@echo "make lint    ruff"
 	@echo "make bench   time of a prefill and a decode step at the width of LLaVA-1.5-7B (8 layers, 6.5 GB of weights)"
 	@echo "make tiny    train the tiny LLaVA again from nothing (about 3 hours on 2 cores)"
@@ -25,6 +29,7 @@ setup: $(READY)
 $(READY): setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet $(LLAVA)
 	touch $@
 
 demo: $(READY)
@@ -32,6 +37,12 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST)
+
+test-old:
+	test -x $(OLD)/bin/python || $(PYTHON) -m venv $(OLD)
+	$(OLD)/bin/python -m pip install --quiet 'torch==2.11.*' 'torchvision==0.26.*' 'transformers==5.17.*' --editable '.[dev]'
+	$(OLD)/bin/python -m pip install --quiet $(LLAVA)
+	$(OLD)/bin/python -m pytest $(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -43,4 +54,4 @@ tiny: $(READY)
 	$(BIN)/python -m vis_sparse.eval.tiny.train $(TINY)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD) build *.egg-info .pytest_cache .ruff_cache .hypothesis
