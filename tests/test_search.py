@@ -1,13 +1,17 @@
 """Search: what probes measure against the patched model, the way down to a budget, and the front's files."""
 
+import base64
 import csv
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import vis_sparse
+from vis_sparse.calibration import calibrate
+from vis_sparse.calibration_report import write_report
 from vis_sparse.cost import flops
 from vis_sparse.front import described, pareto, write_front
 from vis_sparse.plan import LayerPlan, Neighborhood, PlanError, VisualPlan, with_layer
@@ -160,3 +164,16 @@ def test_samples_of_different_pixels_are_separate_calls(model):
     assert Probe(Target.of(model), samples).divergence(DROPPED) == pytest.approx(
         divergence(model, samples, DROPPED), rel=1e-4
     )
+
+
+def test_the_page_holds_its_pictures(model, samples, tmp_path):
+    measured = calibrate(model, samples[:2], sensitivity=True)
+    points = [Point(VisualPlan.dense(1), 1.0, 0.0, 1.0), Point(VisualPlan.dense(1), 0.5, 0.1, 1.0)]
+    files = write_report(tmp_path / "a.html", measured, points)
+    assert [file.name for file in files] == ["a-heads.png", "a-layers.png", "a-front.png"]
+    text = (tmp_path / "a.html").read_text()
+    for file in files:
+        width, height = Image.open(file).size
+        assert width > 400 and height > 200
+        assert base64.b64encode(file.read_bytes()).decode() in text
+    assert measured.metadata["weights"] in text and "http" not in text

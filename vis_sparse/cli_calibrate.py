@@ -27,6 +27,9 @@ CheckpointOption = Annotated[str, typer.Option("--model", metavar="M", help="A t
 SamplesOption = Annotated[int, typer.Option(min=1, help="Samples to use.")]
 PromptOption = Annotated[str | None, typer.Option(help="The question to every image of a folder.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+ReportOption = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE", help="Also draw it: an HTML page, with its PNGs beside it.")
+]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, ...")]
 
 
@@ -48,6 +51,7 @@ def calibrate_command(
     ] = None,
     keep: Annotated[float, typer.Option(min=0, max=1, help="Share of the heads of layers 2- in that mask.")] = 0.25,
     dtype: DtypeOption = "float32",
+    page: ReportOption = None,
     device: DeviceOption = "cpu",
     json_file: JsonOption = None,
 ) -> None:
@@ -70,6 +74,10 @@ def calibrate_command(
         )
     if export_mask is not None:
         np.save(export_mask.with_suffix(".npy"), result.masks(keep))
+    if page is not None:
+        from .calibration_report import write_report
+
+        write_report(page, result)
     report(_summary(result, out), json_file, lambda console: _draw(console, result, out))
 
 

@@ -10,7 +10,15 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from .cli_calibrate import CheckpointOption, DataOption, DeviceOption, DtypeOption, PromptOption, SamplesOption
+from .cli_calibrate import (
+    CheckpointOption,
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    PromptOption,
+    ReportOption,
+    SamplesOption,
+)
 from .cli_data import records
 from .cli_options import JsonOption, bar, report, tight_table
 from .eval.progress import progress
@@ -35,12 +43,13 @@ def search_command(
     ] = None,
     samples: SamplesOption = 64,
     prompt: PromptOption = None,
+    page: ReportOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
     json_file: JsonOption = None,
 ) -> None:
     """Find what visual tokens can do without, layer by layer, down to a budget."""
-    from .calibration import Calibration
+    from .calibration import Calibration, calibrate
     from .cli_model import load_model
     from .plan_search import search_front
     from .samples import answered, encode, on_device
@@ -49,11 +58,12 @@ def search_command(
     measured = None if calibration is None else Calibration.load(calibration)
     loaded, processor = load_model(model, dtype, device)
     encoded = (on_device(encode(processor, record), loaded) for record in records(data, samples, prompt))
-    points = []
+    chosen, points = [answered(loaded, sample, 16) for sample in encoded], []
+    measured = measured or calibrate(loaded, chosen, data=Path(data).name)
     with progress("searching") as step:
         found = search_front(
             loaded,
-            [answered(loaded, sample, 16) for sample in encoded],
+            chosen,
             budget=budget,
             cost=cost,
             objective=objective,
@@ -67,6 +77,10 @@ def search_command(
             step(int(100 * (1 - point.cost)), int(100 * (1 - budget)))
     best = min((point for point in points if point.cost <= budget), key=lambda point: point.kl)
     out.write_text(described(best, cost).to_yaml())
+    if page is not None:
+        from .calibration_report import write_report
+
+        write_report(page, measured, points, cost)
     rows = [{"cost": point.cost, "kl": point.kl, "accuracy": point.accuracy} for point in pareto(points)]
     data_out = {"file": str(out), "cost": cost, "budget": budget, "steps": len(points) - 1, "front": rows}
     report(data_out, json_file, lambda console: _draw(console, pareto(points), best, out))
