@@ -174,12 +174,12 @@ def _onevision_processor(words):
     )
 
 
-def _internvl(text: str):
+def _internvl(text: str, **settings):
     """Tiles of 16 x 16 pixels, 2 x 2 tokens each."""
 
     def config():
         made = hf.InternVLConfig(
-            text_config=getattr(hf, f"{text}Config")(**TEXT),
+            text_config=getattr(hf, f"{text}Config")(**TEXT | settings),
             vision_config=dict(
                 hidden_size=32,
                 intermediate_size=32,
@@ -264,5 +264,6 @@ CASES = (
     ),
     _internvl("Qwen2"),
     _internvl("Llama"),
-    _internvl("Phi3"),
+    # half of a head is not rotated
+    _internvl("Phi3", rope_parameters=dict(rope_type="default", rope_theta=10_000.0, partial_rotary_factor=0.5)),
 )
