@@ -1,10 +1,13 @@
 """Models and calls of families that are refused, in one line, with the model as it was."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import vis_sparse
 from vis_sparse import LayoutError, PatchError
+from vis_sparse.patches.qwen_vl import QWEN2_VL
 
 from .cases import CASES, WIDTH
 from .scenarios import SCENARIOS, make_request
@@ -55,10 +58,9 @@ def test_deepstack_rows_that_are_not_the_layouts():
         model(**request.inputs)
 
 
-@torch.no_grad()
-def test_prefill_in_chunks_that_do_not_tell_their_grids():
-    case = BY_NAME["Qwen2VL"]
-    model = vis_sparse.patch(case.build(torch.float32), "dense")
-    request = make_request(case, SCENARIOS["greedy"], torch.float32)
+def test_features_that_do_not_tell_their_grids():
+    """A prefill in chunks cuts them up."""
+    outer, ids = SimpleNamespace(config=SimpleNamespace(image_token_id=7)), torch.tensor([[1, 7, 7, 2]])
+    arguments = dict(input_ids=ids, mm_encoder_outputs={"image": SimpleNamespace()})
     with pytest.raises(LayoutError, match="mm_encoder_outputs.*do not tell their grids.*prefill_chunk_size=None"):
-        model.generate(**request.inputs, max_new_tokens=2, prefill_chunk_size=5)
+        QWEN2_VL.read_layout(outer, arguments, 0)
