@@ -16,6 +16,7 @@ from .executor import largest_difference
 # small shapes: the interpreter takes milliseconds for every block
 HEADS = {"MHA": (2, 2), "GQA": (3, 1)}
 BLIND = {"none": None, "some": (True, False, True), "all": (True,) * 3}
+TEXTS = [*((layout, "some") for layout in LAYOUTS), ("ragged", "none"), ("ragged", "all")]
 
 
 def visual_cases():
@@ -34,8 +35,7 @@ def test_visual(layout, pattern, heads):
     assert max(found.values()) <= 1e-5, found
 
 
-@pytest.mark.parametrize("blind", BLIND)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout, blind", TEXTS)
 def test_text(layout, blind):
     pattern = text_pattern(layout, BLIND[blind])
     found = errors(triton_backend, pattern, inputs(pattern, 3, 3, 16))
@@ -102,8 +102,7 @@ def test_tile_sizes(positions, keys, monkeypatch):
         assert max(found.values()) <= 1e-5, found
 
 
-@pytest.mark.parametrize("blind", BLIND)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout, blind", TEXTS)
 def test_mass(layout, blind):
     pattern = text_pattern(layout, BLIND[blind])
     query, key, _ = inputs(pattern, 3, 1, 16)

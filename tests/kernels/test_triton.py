@@ -46,7 +46,7 @@ def kernels():
                 yield pytest.param(kernel, target, id=f"{target}-{head_dim}-{kernel.name}")
 
 
-@pytest.mark.parametrize("kernel, target", kernels())
+@pytest.mark.parametrize("kernel, target", list(kernels()))
 def test_compiled_ahead_of_time(kernel, target, record_property):
     """No spills on NVIDIA, shared memory within what a block may use, and the target's own matrix instructions."""
     from vis_sparse.kernels.resources import SHARED_LIMITS, compile_kernel
