@@ -17,7 +17,7 @@ def demo_command(
 ) -> None:
     """Show what plans do to a small trained LLaVA: accuracy, FLOPs, KV cache and time, a picture and a page.
 
-    Needs the `demo` extra (pip install "vis_sparse[demo]"), and no network.
+    Needs the packages of the extra `demo` and no network.
     """
     try:
         from .demo_run import run_demo

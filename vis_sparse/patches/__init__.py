@@ -62,8 +62,8 @@ def patch(
 
     plan: a plan, a recipe, a shipped plan's name or a YAML file; "auto" is the family's conservative, training-free
     plan. heads: for plans with head budgets, a file or array (layers, heads) of masks or scores; "first" keeps the
-    first heads (random weights only). calibration: a `Calibration` or its file, for head and neuron
-    budgets. backend: "auto", "torch" or "reference".
+    first heads (random weights only). calibration: a `Calibration` or its file, for head and neuron budgets. backend:
+    "auto" (Triton on a GPU, torch elsewhere), "torch", "triton", "flex" or "reference" (docs/kernels.md).
 
     A second patch replaces the first. Weights are not changed. Raises PatchError for a model that is not supported
     and PlanError for a plan that does not fit it; the model is then as it was.
