@@ -157,3 +157,19 @@ def test_command_refuses_unknown_dtypes_and_devices():
         done = CliRunner().invoke(app, [option, value])
         assert done.exit_code == 2
         assert value in done.output and "expected" in done.output
+
+
+def test_copied_weights_are_no_activations(shape):
+    """A plan that copies weights on its first call has the peak of its second."""
+    model = random_model(shape, torch.float32, CPU)
+    layout = image_layout(shape, 1, 8, None)
+    embeddings = random_embeddings(shape, layout, 8, torch.float32, CPU)
+    layers = [vis_sparse.LayerPlan(ffn=tuple(range(1, shape.ffn, 2)))] * 2 + [vis_sparse.LayerPlan.off()] * 2
+    plan = vis_sparse.VisualPlan(tuple(layers))
+    figures = Measurement(model, embeddings, layout, {"odd": plan}).run(repeats=1)["odd"]
+    assert figures["copied_bytes"] > 0
+    with vis_sparse.patched(model, plan), vis_sparse.use_layout(model, layout), torch.no_grad():
+        model.model.language_model(inputs_embeds=embeddings, use_cache=True)
+        with PeakBytes() as memory:
+            model.model.language_model(inputs_embeds=embeddings, use_cache=True)
+    assert figures["peak_bytes"] == memory.peak

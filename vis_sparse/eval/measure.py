@@ -97,6 +97,7 @@ class Measurement:
             sizes["peak_bytes"] = memory.peak
 
         sizes = {}
+        self._touch()  # copies of weights are counted apart, not as activations
         warm_s = timed(counted, device)
         state = vis_sparse.inspect(self.model)
         sizes["copied_bytes"] = 0 if state is None else state["extra_bytes"]
@@ -128,7 +129,7 @@ class Measurement:
 def _figures(label: str, samples: dict, sizes: dict, costs: dict[str, CostReport]) -> dict:
     """Every figure of one plan. Seconds are medians over rounds; `spread` has the fastest and slowest round.
 
-    peak_bytes: of the tensors made during prefill, KV cache included. copied_bytes: weights that the plan needs twice.
+    peak_bytes: of the tensors made during prefill, KV cache included. copied_bytes: weights that the plan holds twice.
     """
     cost, dense = costs[label], costs[DENSE_PLAN]
     figures = {
