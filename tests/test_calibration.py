@@ -245,7 +245,8 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, monkeypatch, ki
     steps = []
     resumed = calibrate(model, samples, out=out, on_sample=steps.append)
     assert steps == list(range(kill_at + 1, 6))
-    whole = calibrate(model, samples)
+    whole = calibrate(model, samples, out=tmp_path / "b.safetensors")
+    assert out.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     for name in ("heads", "ratios", "text_mass", "attention_change", "ffn_change", "neurons"):
         np.testing.assert_array_equal(getattr(resumed, name), getattr(whole, name))
 

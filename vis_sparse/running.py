@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -14,20 +15,26 @@ from .records import SampleError
 
 _SAVE_SECONDS = 10.0
 _SUM = "sum/"
+_FACTS = "vis_sparse"
 
 
 def write_tensors(path: str | Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write a safetensors file at once: an interruption leaves the old file, or none."""
+    """Write a safetensors file at once: an interruption leaves the old file, or none.
+
+    The metadata is one JSON text: safetensors writes several entries in any order, and equal runs give equal files.
+    """
     path = Path(path)
     new = path.with_name(path.name + ".new")
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, new, metadata)
+    facts = {_FACTS: json.dumps(metadata, sort_keys=True)}
+    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, new, facts)
     os.replace(new, path)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The tensors and the metadata of a safetensors file."""
     with safe_open(path, "np") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        facts = json.loads((file.metadata() or {}).get(_FACTS, "{}"))
+        return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
 
 
 class Sums:
