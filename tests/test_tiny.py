@@ -16,7 +16,7 @@ from vis_sparse.eval.tiny.model import UNK, new_model, prompt
 from vis_sparse.eval.tiny.score import answers, score
 
 # Well below what the log of the shipped checkpoint says, and far above a model that sees nothing.
-FLOORS = {"easy_vqa": 0.93, "place": 0.90, "count": 0.70, "exists": 0.85}
+FLOORS = {"easy_vqa": 0.97, "place": 0.96, "count": 0.90, "exists": 0.96}
 
 
 @pytest.fixture(scope="module")

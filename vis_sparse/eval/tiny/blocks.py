@@ -2,7 +2,7 @@
 
 A sequence is `<s> USER: <image> x 144`, then `QUESTIONS` slots of `SLOT` tokens, each "question ASSISTANT: answer". A
 slot sees the beginning and itself only, and positions restart after the image: every answer gets the numbers that it
-gets alone, and a dozen of them cost twice the time of one.
+gets alone, and a sequence with twelve of them has 290 tokens where one alone has 158.
 """
 
 from collections import defaultdict
