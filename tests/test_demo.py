@@ -110,7 +110,7 @@ def test_layers_in_words():
     layout = vis_sparse.VisualLayout.from_grids([[(35, (1, 24, 24))]])
     plan = vis_sparse.heads.resolve_heads(vis_sparse.load_plan("yopo-12").resolve(32), 32, 32, "first")
     layers = layer_work(shape, plan, layout, 64)
-    assert runs_in_words(layers).startswith("0-1: 5 x 5, 25% of FFN; 2-14: 5 x 5, 12% of heads, 25% of FFN; 15: frozen")
+    assert runs_in_words(layers).startswith("0-1: 5×5, 25% of FFN; 2-14: 5×5, 12% of heads, 25% of FFN; 15: frozen")
     assert runs_in_words(layers).endswith("16-31: off")
     assert len(layers[2]["seen"]) == 25 and layers[31]["seen"] == []
 

@@ -52,7 +52,7 @@ def _words(attention: str | Neighborhood) -> str:
     if not isinstance(attention, Neighborhood):
         return "dense"
     side = 2 * attention.radius + 1
-    return f"{side} x {side}" + (" before" if attention.direction == "causal" else "")
+    return f"{side}×{side}" + (" before" if attention.direction == "causal" else "")
 
 
 def outline(cells: list[int], width: int) -> list[tuple[int, int, int, int]]:
@@ -72,7 +72,7 @@ def outline(cells: list[int], width: int) -> list[tuple[int, int, int, int]]:
 
 
 def runs_in_words(layers: list[dict]) -> str:
-    """A plan's layers in one line, equal ones together, like "0-3: 7 x 7 before; 4-5: frozen; 6-7: off"."""
+    """A plan's layers in one line, equal ones together, like "0-3: 7×7 before; 4-5: frozen; 6-7: off"."""
     parts = []
     for first, words in enumerate(_layer_in_words(layer) for layer in layers):
         if parts and parts[-1][2] == words:

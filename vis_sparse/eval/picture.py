@@ -58,7 +58,7 @@ def _draw_example(axes, example: dict) -> None:
         place = {"xycoords": "axes fraction", "fontsize": 8.5, "va": "top", "annotation_clip": False}
         height = 0.98 - 0.2 * index
         axes.annotate(plan, (1.08, height), color=QUIET, **place)
-        axes.annotate(f"{words} {'✓' if right else '✗'}", (1.62, height), color=INK if right else MARK, **place)
+        axes.annotate(f"{words} {'✓' if right else '✗'}", (1.56, height), color=INK if right else MARK, **place)
 
 
 def _draw_layer(axes, layer: dict, image: np.ndarray, grid: list[int]) -> None:
