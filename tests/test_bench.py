@@ -60,7 +60,7 @@ def test_dense_plan_is_measured_once_and_saves_nothing(results):
 def test_ratios_and_bytes_are_those_of_the_plan(results):
     _, auto, yopo = results
     assert 1 < auto["flop_ratio"] < yopo["flop_ratio"]
-    assert yopo["kv_bytes"] < auto["kv_bytes"] < auto["kv_bytes_dense"]
+    assert yopo["kv_bytes"] < auto["kv_bytes"] == auto["kv_bytes_dense"], "auto keeps every read"
     assert yopo["peak_bytes"] < yopo["peak_bytes_dense"]
     for row in (auto, yopo):
         saved = row["kv_visual_bytes_dense"] - row["kv_visual_bytes"]

@@ -34,7 +34,8 @@ def test_figures_are_complete_and_consistent(results):
     assert dense["same_as_dense"] == dense["speedup"] == 1
     for row, cheaper in zip(results["plans"], results["plans"][1:], strict=False):
         for cost in ("flops_visual", "flops", "kv_bytes"):
-            assert row[cost] > cheaper[cost]
+            keeps_every_read = cost == "kv_bytes" and cheaper["plan"] == "auto"
+            assert row[cost] == cheaper[cost] if keeps_every_read else row[cost] > cheaper[cost]
     for row in results["plans"]:
         assert set(row["accuracy"]) == KINDS
         share = sum(layer["share"] for layer in row["layers"]) / len(row["layers"])
