@@ -31,8 +31,8 @@ def _head(results: dict) -> str:
     asked = sum(results["questions"].values())
     height, width = results["model"]["grid"]
     facts = (
-        (f"{1 - auto['flops_visual'] / dense['flops_visual']:.0%}", "fewer FLOPs for visual tokens"),
-        (f"{1 - auto['kv_bytes'] / dense['kv_bytes']:.0%}", "less KV cache"),
+        (f"{auto['flops_visual'] / dense['flops_visual']:.0%}", "of the FLOPs for visual tokens"),
+        (f"{auto['kv_bytes'] / dense['kv_bytes']:.0%}", "of the KV cache"),
         (f"{auto['speedup']:.2f}×", "prefill speed of the decoder"),
         (f"{auto['same_as_dense']:.1%}", "of the answers the same as dense"),
     )
