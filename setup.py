@@ -36,5 +36,5 @@ setup(
         "train": ["accelerate>=1.0", "peft>=0.17"],
         "dev": [*DEMO, "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9"],
     },
-    entry_points={"console_scripts": ["vis-sparse = vis_sparse.cli:app"]},
+    entry_points={"console_scripts": ["vis-sparse = vis_sparse.cli.main:app"]},
 )

@@ -9,17 +9,16 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import vis_sparse
-from vis_sparse import running
-from vis_sparse.attention_mass import visual_mass
-from vis_sparse.calibration import Calibration, calibrate
-from vis_sparse.cli_data import records
+from vis_sparse.calibration import Calibration, calibrate, running
+from vis_sparse.calibration.attention_mass import visual_mass
+from vis_sparse.calibration.probe import Probe
+from vis_sparse.calibration.profiles import Target
+from vis_sparse.calibration.records import SampleError, read_records
+from vis_sparse.calibration.samples import answer_rows, answered, with_answer
+from vis_sparse.cli.data import records
 from vis_sparse.heads import keep_heads, load_heads, resolve_heads
 from vis_sparse.patches.errors import PatchError
 from vis_sparse.plan import HeadBudget, LayerPlan, Neighborhood, NeuronBudget, PlanError, VisualPlan, with_layer
-from vis_sparse.probe import Probe
-from vis_sparse.profiles import Target
-from vis_sparse.records import SampleError, read_records
-from vis_sparse.samples import answer_rows, answered, with_answer
 
 from . import oracle
 from .models import HEADS, IMAGE, LAYERS, NEURONS, make_batch, make_model, text_inputs

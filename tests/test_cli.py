@@ -8,8 +8,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from vis_sparse.cli import app
-from vis_sparse.cli_options import bar, human
+from vis_sparse.cli.main import app
+from vis_sparse.cli.options import bar, human
 from vis_sparse.cost import flops
 from vis_sparse.patches.errors import PatchError
 from vis_sparse.plan_yaml import plan_names
@@ -55,7 +55,7 @@ def test_help_of_the_commands_that_run_models(command):
 
 
 def test_help_needs_no_torch():
-    code = "import sys; import vis_sparse.cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = "import sys; import vis_sparse.cli.main; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

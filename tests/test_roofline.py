@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from vis_sparse.cli import app
+from vis_sparse.cli.main import app
 from vis_sparse.cost import flops
 from vis_sparse.heads import resolve_heads
 from vis_sparse.plan import PlanError, VisualPlan

@@ -11,14 +11,14 @@ from PIL import Image
 
 import vis_sparse
 from vis_sparse.calibration import calibrate
-from vis_sparse.calibration_report import write_report
+from vis_sparse.calibration.front import described, pareto, write_front
+from vis_sparse.calibration.probe import Probe
+from vis_sparse.calibration.profiles import Target
+from vis_sparse.calibration.report import write_report
+from vis_sparse.calibration.samples import answer_rows
+from vis_sparse.calibration.search import Point, search_front
 from vis_sparse.cost import flops
-from vis_sparse.front import described, pareto, write_front
 from vis_sparse.plan import LayerPlan, Neighborhood, PlanError, VisualPlan, with_layer
-from vis_sparse.plan_search import Point, search_front
-from vis_sparse.probe import Probe
-from vis_sparse.profiles import Target
-from vis_sparse.samples import answer_rows
 from vis_sparse.shapes import shape_of
 
 from .models import IMAGE, LAYERS, make_model, random_plan

@@ -16,18 +16,18 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from .calibration import Calibration, calibrate
-from .cli_data import TINY, records
+from .calibration.probe import Probe
+from .calibration.profiles import Target
+from .calibration.records import Record
+from .calibration.samples import encode
+from .calibration.search import COSTS, search_front
+from .cli.data import TINY, records
 from .cost import flops
 from .eval.progress import progress
 from .eval.tiny import checkpoint
 from .eval.tiny.data import KINDS, questions
 from .heads import keep_heads
 from .plan import HeadBudget, LayerPlan, Neighborhood, VisualPlan, mask_plan, with_layer
-from .plan_search import COSTS, search_front
-from .probe import Probe
-from .profiles import Target
-from .records import Record
-from .samples import encode
 from .shapes import shape_of
 
 BUDGETS = (0.5, 0.25, 0.12)

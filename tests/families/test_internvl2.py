@@ -10,7 +10,7 @@ from transformers import InternVLForConditionalGeneration
 from typer.testing import CliRunner
 
 import vis_sparse
-from vis_sparse.cli import app
+from vis_sparse.cli.main import app
 from vis_sparse.internvl2 import convert_internvl2, load_internvl2
 from vis_sparse.internvl2_errors import CheckpointError
 

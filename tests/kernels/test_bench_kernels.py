@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vis_sparse.cli import app
+from vis_sparse.cli.main import app
 from vis_sparse.eval.bench_kernels import SETTINGS, Case
 
 from .cases import CPU

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ..cli_flops import _pixels as pixels
-from ..cli_options import JsonOption, ModelOption, report
+from ..cli.flops import _pixels as pixels
+from ..cli.options import JsonOption, ModelOption, report
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from ..cli_options import JsonOption, report, tight_table
+from ..cli.options import JsonOption, report, tight_table
 
 TEXT_BEFORE = 35  # of LLaVA's prompt
 _CHECKED_ROWS = 64

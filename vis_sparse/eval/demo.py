@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..cli_options import JsonOption, report
+from ..cli.options import JsonOption, report
 
 
 def demo_command(

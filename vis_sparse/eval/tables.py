@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from ..cli_options import human, mebibytes, tight_table
+from ..cli.options import human, mebibytes, tight_table
 
 
 def draw_bench(console: Console, results: list[dict]) -> None:

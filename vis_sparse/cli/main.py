@@ -11,19 +11,19 @@ from typing import NoReturn
 import typer
 from typer.core import TyperGroup
 
-from .cli_calibrate import calibrate_command
-from .cli_convert import convert_command
-from .cli_flops import flops_command
-from .cli_plan import plan_app
-from .cli_search import search_command
-from .eval.bench import bench_command
-from .eval.bench_kernels import bench_kernels_command
-from .eval.demo import demo_command
-from .internvl2_errors import CheckpointError
-from .layout import LayoutError
-from .plan import PlanError
-from .records import SampleError
-from .shapes import ShapeError
+from ..calibration.records import SampleError
+from ..eval.bench import bench_command
+from ..eval.bench_kernels import bench_kernels_command
+from ..eval.demo import demo_command
+from ..internvl2_errors import CheckpointError
+from ..layout import LayoutError
+from ..plan import PlanError
+from ..shapes import ShapeError
+from .calibrate import calibrate_command
+from .convert import convert_command
+from .flops import flops_command
+from .plan import plan_app
+from .search import search_command
 
 
 class _OneLineErrors(TyperGroup):
@@ -35,7 +35,7 @@ class _OneLineErrors(TyperGroup):
         except (PlanError, LayoutError, ShapeError, SampleError, CheckpointError) as error:
             _refuse(error)
         except ValueError as error:
-            from .patches.errors import PatchError  # torch comes with it, so not for the errors above
+            from ..patches.errors import PatchError  # torch comes with it, so not for the errors above
 
             if not isinstance(error, PatchError):
                 raise

@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .cli_options import ConventionOption, JsonOption, ModelOption, bar, human, mebibytes, report, tight_table
-from .cost import CostReport, flops
-from .heads import resolve_heads
-from .plan import LayerPlan, Neighborhood, VisualPlan
-from .plan_yaml import as_plan, load_plan, plan_names
-from .schedule import LayerWork, schedule
-from .shapes import ModelShape, load_shape
+from ..cost import CostReport, flops
+from ..heads import resolve_heads
+from ..plan import LayerPlan, Neighborhood, VisualPlan
+from ..plan_yaml import as_plan, load_plan, plan_names
+from ..schedule import LayerWork, schedule
+from ..shapes import ModelShape, load_shape
+from .options import ConventionOption, JsonOption, ModelOption, bar, human, mebibytes, report, tight_table
 
 plan_app = typer.Typer(no_args_is_help=True, help="List the shipped plans, or draw one.")
 

@@ -9,14 +9,14 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from .cli_options import ConventionOption, JsonOption, ModelOption, bar, human, mebibytes, report, tight_table
-from .cost import CostReport, flops
-from .cost_report import PARTS, PassCost
-from .heads import resolve_heads
-from .plan import PlanError
-from .plan_yaml import as_plan
-from .roofline import Roofline, device_spec, roofline
-from .shapes import ShapeError, load_shape
+from ..cost import CostReport, flops
+from ..cost_report import PARTS, PassCost
+from ..heads import resolve_heads
+from ..plan import PlanError
+from ..plan_yaml import as_plan
+from ..roofline import Roofline, device_spec, roofline
+from ..shapes import ShapeError, load_shape
+from .options import ConventionOption, JsonOption, ModelOption, bar, human, mebibytes, report, tight_table
 
 
 def flops_command(

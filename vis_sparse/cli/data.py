@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from .records import Record, SampleError, read_records
+from ..calibration.records import Record, SampleError, read_records
 
 TINY = "tiny-train"
 
@@ -27,7 +27,7 @@ def records(data: str, count: int, prompt: str | None) -> list[Record]:
 def _tiny() -> Iterator[Record]:
     import numpy as np
 
-    from .eval.tiny.data import easy_vqa_scenes, grid_scene
+    from ..eval.tiny.data import easy_vqa_scenes, grid_scene
 
     rng = np.random.default_rng(0)
     shapes = easy_vqa_scenes("train")

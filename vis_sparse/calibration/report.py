@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .calibration import Calibration
 from .front import pareto
-from .plan_search import Point
 from .probe import SENSITIVITY
 from .records import SampleError
+from .result import Calibration
+from .search import Point
 
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 60rem; margin: 3rem auto; padding: 0 1.5rem;

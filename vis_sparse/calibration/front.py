@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
-from .plan_search import Point
+from .search import Point
 
 
 def pareto(points: Iterable[Point]) -> list[Point]:

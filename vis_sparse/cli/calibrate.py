@@ -9,11 +9,11 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from .calibration import Calibration, calibrate
-from .cli_data import TINY, records
-from .cli_options import JsonOption, report
-from .eval.progress import progress
+from ..calibration import Calibration, calibrate
+from ..eval.progress import progress
+from .data import TINY, records
 from .heatmap import draw_heads
+from .options import JsonOption, report
 
 DataOption = Annotated[
     str,
@@ -56,8 +56,8 @@ def calibrate_command(
     json_file: JsonOption = None,
 ) -> None:
     """Measure who reads visual tokens and what layers do to them. Stopped and started again, it goes on."""
-    from .cli_model import load_model
-    from .samples import encode
+    from ..calibration.samples import encode
+    from .model import load_model
 
     chosen = records(data, samples, prompt)
     loaded, processor = load_model(model, dtype, device)
@@ -75,7 +75,7 @@ def calibrate_command(
     if export_mask is not None:
         np.save(export_mask.with_suffix(".npy"), result.masks(keep))
     if page is not None:
-        from .calibration_report import write_report
+        from ..calibration.report import write_report
 
         write_report(page, result)
     report(_summary(result, out), json_file, lambda console: _draw(console, result, out))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .patches.errors import PatchError
+from ..patches.errors import PatchError
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

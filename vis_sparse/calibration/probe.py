@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .cache import Book
-from .call import Call
-from .kernels import get_backend
-from .lanes import LaneExecutor
-from .layout import VisualLayout
-from .packing import pack
-from .plan import LayerPlan, Neighborhood, VisualPlan, with_layer
+from ..cache import Book
+from ..call import Call
+from ..kernels import get_backend
+from ..lanes import LaneExecutor
+from ..layout import VisualLayout
+from ..packing import pack
+from ..plan import LayerPlan, Neighborhood, VisualPlan, with_layer
 from .profiles import Target, arguments_of, hooked
 from .samples import NO_LABEL
 

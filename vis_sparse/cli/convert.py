@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .cli_options import JsonOption, report
+from .options import JsonOption, report
 
 
 def convert_command(
@@ -21,7 +21,7 @@ def convert_command(
     json_file: JsonOption = None,
 ) -> None:
     """Convert an original InternVL2 checkpoint to one that transformers loads, one shard at a time."""
-    from .internvl2 import convert_internvl2
+    from ..internvl2 import convert_internvl2
 
     convert_internvl2(source, output, image_token_id)
     files = sorted(file.name for file in output.iterdir())

@@ -72,6 +72,7 @@ class Sums:
     def knows(self, index: int, sample: dict) -> bool:
         """Whether the sample was measured before an interruption. To be asked once for every sample, in order."""
         from .fingerprint import of_sample
+
         self._digest = of_sample(sample, self._digest)
         if index + 1 == self._resumed and self._digest != self._resumed_digest:
             raise SampleError(

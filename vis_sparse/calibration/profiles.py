@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ..lanes import Decoder
+from ..layout import VisualLayout
+from ..patches import _family as family_of
+from ..patches import inspect
+from ..patches.decoder import read_decoder
+from ..patches.errors import PatchError
+from ..patches.family import Family
 from .attention_mass import replaced_attention, visual_mass
-from .lanes import Decoder
-from .layout import VisualLayout
-from .patches import _family as family_of
-from .patches import inspect
-from .patches.decoder import read_decoder
-from .patches.errors import PatchError
-from .patches.family import Family
 from .records import SampleError
 from .samples import answer_rows
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .cost import flops
-from .cost_report import CostReport
-from .heads import keep_heads
-from .plan import HeadBudget, LayerPlan, Neighborhood, PlanError, VisualPlan, with_layer
-from .shapes import shape_of
+from ..cost import flops
+from ..cost_report import CostReport
+from ..heads import keep_heads
+from ..plan import HeadBudget, LayerPlan, Neighborhood, PlanError, VisualPlan, with_layer
+from ..shapes import shape_of
 
 # What a share of 1 of the cost is, and of what the budget is a share.
 COSTS: dict[str, Callable[[CostReport], int]] = {
@@ -74,7 +74,7 @@ def search_front(
 
     Raises PlanError for settings out of range, PatchError and SampleError as `calibrate` does.
     """
-    from .calibration import calibrate
+    from .measure import calibrate
     from .probe import Probe
     from .profiles import Target
     from .samples import on_device

@@ -10,7 +10,11 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from .cli_calibrate import (
+from ..calibration.front import described, pareto, write_front
+from ..calibration.search import Point
+from ..eval.progress import progress
+from ..plan import PlanError
+from .calibrate import (
     CheckpointOption,
     DataOption,
     DeviceOption,
@@ -19,12 +23,8 @@ from .cli_calibrate import (
     ReportOption,
     SamplesOption,
 )
-from .cli_data import records
-from .cli_options import JsonOption, bar, report, tight_table
-from .eval.progress import progress
-from .front import described, pareto, write_front
-from .plan import PlanError
-from .plan_search import Point
+from .data import records
+from .options import JsonOption, bar, report, tight_table
 
 
 def search_command(
@@ -49,10 +49,10 @@ def search_command(
     json_file: JsonOption = None,
 ) -> None:
     """Find what visual tokens can do without, layer by layer, down to a budget."""
-    from .calibration import Calibration, calibrate
-    from .cli_model import load_model
-    from .plan_search import search_front
-    from .samples import answered, encode, on_device
+    from ..calibration import Calibration, calibrate
+    from ..calibration.samples import answered, encode, on_device
+    from ..calibration.search import search_front
+    from .model import load_model
 
     seconds = _seconds(time_limit)
     measured = None if calibration is None else Calibration.load(calibration)
@@ -78,7 +78,7 @@ def search_command(
     best = min((point for point in points if point.cost <= budget), key=lambda point: point.kl)
     out.write_text(described(best, cost).to_yaml())
     if page is not None:
-        from .calibration_report import write_report
+        from ..calibration.report import write_report
 
         write_report(page, measured, points, cost)
     rows = [{"cost": point.cost, "kl": point.kl, "accuracy": point.accuracy} for point in pareto(points)]
