@@ -10,25 +10,56 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
-# On a CPU `weight @ x.T` beats `x @ weight.T` while there are few rows (MKL blocks over the long side of the result):
+# `weight @ x.T` beats `x @ weight.T` in MKL while there are few rows (it blocks over the long side of the result):
 # 1.1 to 1.2 times at 64 rows, 1.07 at 576, width 4096. At 1 to 8 rows the two are equal.
 _MIN_ROWS = 16
+_ONE_DNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x @ weight.T + bias` for x (rows, in) and weight (out, in), in the operand order that is fastest on the device.
+    """`x @ weight.T + bias` for x (rows, in) and weight (out, in), by the routine that is fastest on the device.
 
-    The result (rows, out) may be laid out column by column.
+    On a CPU in fp32 that is oneDNN's (1 to 3 times as fast as `linear`, most at 4 to 64 rows) where it may be used, and
+    else the better order of the operands. The result (rows, out) may be laid out column by column.
     """
-    if x.device.type != "cpu" or x.shape[0] < _MIN_ROWS or x.dtype != torch.float32:
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    if _suits_one_dnn(x, weight):
+        return _ONE_DNN(x, weight, bias, "none", [], "")
+    if x.shape[0] < _MIN_ROWS:
         return F.linear(x, weight, bias)
     out = torch.mm(weight, x.t()).t()
     return out if bias is None else out + bias
+
+
+def _suits_one_dnn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether oneDNN's operation gives what `linear` gives: it knows neither gradients nor autocast, and crawls over
+    weights that are not contiguous."""
+    return (
+        _ONE_DNN is not None
+        and torch.backends.mkldnn.enabled
+        and x.shape[0] > 0
+        and x.is_contiguous()
+        and weight.is_contiguous()
+        and weight.dtype == torch.float32
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+if _ONE_DNN is not None:
+
+    @register_flop_formula(_ONE_DNN)
+    def _one_dnn_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+        return 2 * prod(x_shape) * weight_shape[0]
 
 
 def is_plain(module: nn.Module) -> bool:
