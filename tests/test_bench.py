@@ -81,6 +81,22 @@ def test_measurement_leaves_the_model_unpatched_and_its_weights_alone(shape):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_compiled_variants_have_the_same_sizes_and_run_one_after_the_other(shape):
+    model = random_model(shape, torch.float32, CPU)
+    layout = image_layout(shape, 1, 8, None)
+    embeddings = random_embeddings(shape, layout, 8, torch.float32, CPU)
+    plan = vis_sparse.load_plan("yopo-12").resolve(shape.layers)
+    eager, compiled = (
+        Measurement(model, embeddings, layout, {"yopo-12": plan}, heads="first", compiler=compiler).run(2, decode=True)
+        for compiler in (None, "aot_eager")
+    )
+    assert vis_sparse.inspect(model) is None
+    for name, value in compiled["yopo-12"].items():
+        if name.endswith("bytes") or name.startswith("flops"):
+            assert value == eager["yopo-12"][name], name
+    assert all(compiled["yopo-12"][prefix + name] > 0 for prefix in ("", "decode_") for name in TIMES)
+
+
 def test_layout_of_a_sample_and_its_copies(shape):
     layout = image_layout(shape, 2, 64, None)
     assert [(s.sample, s.start, s.size) for s in layout.segments] == [(0, 35, 576), (1, 35, 576)]

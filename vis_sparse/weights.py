@@ -135,6 +135,7 @@ class CutLinear:
             self._keep(modules)
         return product(x, self._weight, self._bias)
 
+    @torch.compiler.disable
     def refresh(self) -> None:
         """Bring the kept cut up to date with the parameters."""
         modules = [self._find(name) for name in self._names]

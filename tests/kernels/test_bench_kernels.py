@@ -1,4 +1,4 @@
-"""`vis-sparse bench-kernels`: what it counts and reports; its times are only looked at for being there."""
+"""`vis-sparse bench kernels`: what it counts and reports; its times are only looked at for being there."""
 
 import json
 
@@ -13,7 +13,7 @@ from .cases import CPU
 
 
 def test_figures():
-    command = ["bench-kernels", "--settings", "24x24", "--radius", "2", "--most-heads", "2", "--repeats", "1"]
+    command = ["bench", "kernels", "--settings", "24x24", "--radius", "2", "--most-heads", "2", "--repeats", "1"]
     result = CliRunner().invoke(app, [*command, "--ways", "dense,torch", "--json", "-"])
     assert result.exit_code == 0, result.output
     dense, ours = json.loads(result.stdout)
@@ -34,5 +34,5 @@ def test_settings_fit_their_models(name):
 
 
 def test_unknown_setting_is_refused():
-    result = CliRunner().invoke(app, ["bench-kernels", "--settings", "25x25"])
+    result = CliRunner().invoke(app, ["bench", "kernels", "--settings", "25x25"])
     assert result.exit_code == 2 and "25x25" in result.output

@@ -55,10 +55,14 @@ app = typer.Typer(
 )
 app.add_typer(plan_app, name="plan")
 app.command("flops", epilog="Example: vis-sparse flops --model llava-1.5-7b --plan dense,auto,yopo-12")(flops_command)
-app.command("bench", epilog="Example: vis-sparse bench --model llava-1.5-7b --layers 2 --plan yopo-12")(bench_command)
-app.command("bench-kernels", epilog="Example: vis-sparse bench-kernels --settings 24x24 --radius 2 --most-heads 4")(
+bench_app = typer.Typer()
+bench_app.callback(
+    invoke_without_command=True, epilog="Example: vis-sparse bench --model llava-1.5-7b --layers 2 --plan yopo-12"
+)(bench_command)
+bench_app.command("kernels", epilog="Example: vis-sparse bench kernels --settings 24x24 --radius 2 --most-heads 4")(
     bench_kernels_command
 )
+app.add_typer(bench_app, name="bench")
 app.command("demo", epilog="Example: vis-sparse demo --questions 100")(demo_command)
 app.command("calibrate", epilog="Example: vis-sparse calibrate --model DIR --data tiny-train --out calib.safetensors")(
     calibrate_command

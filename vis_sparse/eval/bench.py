@@ -24,12 +24,14 @@ def bench(
     device: str = "cpu",
     repeats: int = 5,
     decode: bool = False,
+    compiler: str | None = None,
     on_turn=None,
 ) -> list[dict]:
     """Figures of every plan, in the order given: the JSON objects of the command.
 
     model: a shipped shape or a checkpoint folder (for its sizes; the weights are random). plans: names or YAML files.
     layers: decoder layers that are built; plans are resolved for that depth. image_size: (height, width) in pixels.
+    compiler: backend of torch.compile for all variants, which then run one after the other; None: eager, in turns.
     on_turn(done, total): called after each timed turn. Raises PlanError or ShapeError before anything is built.
     """
     import dataclasses
@@ -53,6 +55,7 @@ def bench(
         layout,
         resolved,
         heads="first",
+        compiler=compiler,
     )
     total, done = repeats * len(measurement.variants), 0
 
@@ -71,6 +74,7 @@ def bench(
         "text_tokens": text_tokens,
         "dtype": dtype,
         "repeats": repeats,
+        "compiler": compiler,
         "timed": "decoder layers and final norm on input embeddings; no vision tower, projector or LM head",
     }
     facts = machine_facts(place["device"])
@@ -78,6 +82,7 @@ def bench(
 
 
 def bench_command(
+    context: typer.Context,
     model: ModelOption = "llava-1.5-7b",
     layers: Annotated[int, typer.Option(min=1, help="Decoder layers to build.")] = 8,
     plan: Annotated[str, typer.Option("--plan", metavar="A,B,...", help="Plans (names or files).")] = "yopo-12",
@@ -88,13 +93,16 @@ def bench_command(
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every variant once.")] = 5,
     decode: Annotated[bool, typer.Option("--decode", help="Also time a decode step after the prompt.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time all variants under torch.compile.")] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Time plans against the unpatched model, at full width with random weights.
+    """Time plans against the unpatched model, at full width with random weights; `kernels`: attention alone.
 
-    The unpatched model, the dense plan and each plan run in turns. Timed is the decoder on input embeddings. The JSON
-    is one object for one plan, a list of objects for several.
+    The unpatched model, the dense plan and each plan run in turns (with --compile one after the other). Timed is the
+    decoder on input embeddings. The JSON is one object for one plan, a list of objects for several.
     """
+    if context.invoked_subcommand is not None:
+        return
     import torch
 
     from .progress import progress
@@ -122,6 +130,7 @@ def bench_command(
             device=device,
             repeats=repeats,
             decode=decode,
+            compiler="inductor" if compiled else None,
             on_turn=on_turn,
         )
     report(results if len(results) > 1 else results[0], json_file, lambda console: draw_bench(console, results))

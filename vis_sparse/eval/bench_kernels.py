@@ -1,4 +1,4 @@
-"""`vis-sparse bench-kernels`: visual attention in every backend against dense attention, FlexAttention and NATTEN."""
+"""`vis-sparse bench kernels`: visual attention in every backend against dense attention, FlexAttention and NATTEN."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from .timing import in_turns, paired_ratio, timed
 
 UNPATCHED, DENSE_PLAN = "unpatched", "dense"
 DECODE_STEPS = 3
+COMPILED_WARM_UPS = 3  # the first sizes, the sizes that changed as dynamic ones, and once with the code
 # Patching leaves work to the first call: copies of weights, tables that depend on the layout. Each turn does it before
 # the clock starts; where a prompt takes longer than this (seconds), with a short prompt, since the tables don't show.
 FULL_WARM_UP_BELOW = 2.0
@@ -32,9 +33,21 @@ FULL_WARM_UP_BELOW = 2.0
 class Measurement:
     """One model, one prompt and some plans, beside them the unpatched model and the dense plan."""
 
-    def __init__(self, model, embeddings: Tensor, layout: VisualLayout, plans: dict[str, VisualPlan], heads=None):
-        """embeddings: (batch, tokens, hidden), without padding. plans: by label. heads: as in `vis_sparse.patch`."""
+    def __init__(
+        self,
+        model,
+        embeddings: Tensor,
+        layout: VisualLayout,
+        plans: dict[str, VisualPlan],
+        heads=None,
+        compiler: str | None = None,
+    ):
+        """embeddings: (batch, tokens, hidden), without padding. plans: by label. heads: as in `vis_sparse.patch`.
+
+        compiler: backend of torch.compile for every variant, the unpatched model too; None: eager.
+        """
         self.model, self.embeddings, self.layout, self.heads = model, embeddings, layout, heads
+        self.compiler, self._current, self._decoder = compiler, None, None
         self.labels = tuple(plans)
         self.plans = {DENSE_PLAN: VisualPlan.dense(shape_of(model).layers)} | plans
         self.variants = (UNPATCHED, *self.plans)
@@ -42,6 +55,7 @@ class Measurement:
     def run(self, repeats: int = 5, decode: bool = False, on_turn: Callable[[], None] = lambda: None) -> dict:
         """{label: its figures (see `_figures`)}, everything timed in turns. The model is left unpatched.
 
+        Compiled variants are timed one after the other, since patching again would mean compiling again.
         decode: also time a decode step at the end of the prompt. on_turn: called after each of the
         `repeats * len(variants)` turns.
         """
@@ -51,6 +65,8 @@ class Measurement:
             self._switch(variant)
             if variant not in sizes:
                 sizes[variant], warm_s[variant] = self._warm_up()
+                if self.compiler:
+                    self._compile(decode)
             elif warm_s[variant] < FULL_WARM_UP_BELOW:
                 self._prefill()
             else:
@@ -61,20 +77,35 @@ class Measurement:
 
         try:
             with torch.no_grad():
-                samples = in_turns(self.variants, turn, repeats)
+                if self.compiler:
+                    samples = {}
+                    for variant in self.variants:
+                        samples |= in_turns([variant], turn, repeats)
+                else:
+                    samples = in_turns(self.variants, turn, repeats)
         finally:
             self._switch(UNPATCHED)
         costs = {label: self._cost(plan) for label, plan in self.plans.items()}
         return {label: _figures(label, samples, sizes, costs) for label in self.labels}
 
     def _switch(self, variant: str) -> None:
+        if variant == self._current:
+            return
         if variant == UNPATCHED:
             vis_sparse.unpatch(self.model)
         else:
             vis_sparse.patch(self.model, self.plans[variant], heads=self.heads)
+        self._current, self._decoder = variant, self.model.model.language_model
+
+    def _compile(self, decode: bool) -> None:
+        """Compile the current variant and run it until every shape of a turn has its code."""
+        torch._dynamo.reset()
+        self._decoder = torch.compile(self._decoder, backend=self.compiler)
+        for _ in range(COMPILED_WARM_UPS):
+            self._seconds(decode)
 
     def _forward(self, embeddings: Tensor, cache=None):
-        return self.model.model.language_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
+        return self._decoder(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
 
     def _prefill(self):
         return self._forward_image(self.embeddings, self.layout).past_key_values

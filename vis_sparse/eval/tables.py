@@ -19,9 +19,10 @@ def draw_bench(console: Console, results: list[dict]) -> None:
     console.print(_bench_table("\nPrefill", results, ""))
     if "decode_dense_s" in first:
         console.print(_bench_table("\nDecode step", results, "decode_"))
+    order = "compiled, one after the other" if first["compiler"] else "in turns"
     copied = ", ".join(f"{row['plan']} {mebibytes(row['copied_bytes'])}" for row in results if row["copied_bytes"])
     console.print(
-        f"\ntime: median of {first['repeats']} rounds in turns, range: fastest to slowest. efficiency: speed-up over "
+        f"\ntime: median of {first['repeats']} rounds {order}, range: fastest to slowest. efficiency: speed-up over "
         "fewer FLOPs, against the unpatched model / the dense plan. peak: tensors made in prefill. "
         + (f"copied weights: {copied}.\n" if copied else "no weights copied.\n")
         + f"{machine['cpu']}, {machine['threads']} threads, {machine['device']}, torch {facts['torch']}, "
