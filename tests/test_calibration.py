@@ -1,27 +1,36 @@
 """Calibration: scores against full attention matrices, the pass over samples, files and data."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import save_file
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
 
 import vis_sparse
 from vis_sparse.calibration import Calibration, calibrate, running
 from vis_sparse.calibration.attention_mass import visual_mass
+from vis_sparse.calibration.measure import has_effects
 from vis_sparse.calibration.probe import Probe
 from vis_sparse.calibration.profiles import Target
 from vis_sparse.calibration.records import SampleError, read_records
 from vis_sparse.calibration.samples import answer_rows, answered, with_answer
 from vis_sparse.cli.data import records
+from vis_sparse.eval.memory import PeakBytes
 from vis_sparse.heads import keep_heads, load_heads, resolve_heads
 from vis_sparse.patches.errors import PatchError
 from vis_sparse.plan import HeadBudget, LayerPlan, Neighborhood, NeuronBudget, PlanError, VisualPlan, with_layer
 
 from . import oracle
-from .models import HEADS, IMAGE, LAYERS, NEURONS, make_batch, make_model, text_inputs
+from .models import HEADS, IMAGE, LAYERS, NEURONS, from_text_config, make_batch, make_model, text_inputs
 
 NEVER = 1e9
 
@@ -170,6 +179,57 @@ def test_sensitivity_is_the_divergence_of_one_reduced_layer():
     assert result.sensitivity[0, 0] > 0 and result.sensitivity[-1, 2] == 0  # the last layer's rows are read by nobody
 
 
+@pytest.mark.parametrize(("scores", "most"), [("mass", 1.05), ("effects", 1.5)])
+def test_flops_of_the_default_pass(scores, most):
+    """Of a decoder much larger than the tower, with answers short beside the image, as real ones are."""
+    model = make_model(dtype=torch.float32, hidden_size=128, intermediate_size=384)
+    samples = [make_sample(model, (3, *[IMAGE] * 9, 4), seed=index) for index in range(25)]
+    with FlopCounterMode(display=False) as dense, torch.no_grad():
+        for sample in samples:
+            model.model(**{name: value for name, value in sample.items() if name != "labels"}, use_cache=False)
+    with FlopCounterMode(display=False) as counted:
+        calibrate(model, samples, scores=scores)
+    assert dense.get_total_flops() < counted.get_total_flops() < most * dense.get_total_flops()
+
+
+def test_effects_are_of_samples_that_keep_step_with_no_period():
+    chosen = np.array([has_effects(index) for index in range(1000)])
+    assert chosen[0] and chosen.sum() == pytest.approx(200, abs=2)
+    for period in (2, 3, 4, 5, 7, 8):
+        np.testing.assert_allclose([chosen[start::period].mean() for start in range(period)], 0.2, atol=0.05)
+
+
+def test_effects_are_means_over_the_samples_they_are_measured_on():
+    model = make_model()
+    samples = make_samples(model, 6)
+    chosen = [sample for index, sample in enumerate(samples) if has_effects(index)]
+    assert 1 < len(chosen) < len(samples)
+    single = [calibrate(model, [sample]).effects for sample in chosen]
+    np.testing.assert_allclose(calibrate(model, samples).effects, np.mean(single, axis=0), rtol=1e-5)
+
+
+def test_peak_memory_is_far_below_that_of_attention_matrices():
+    """2,880 visual tokens, the most that LLaVA-NeXT has."""
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=128,
+        max_position_embeddings=4096,
+        pad_token_id=0,
+    )
+    model = from_text_config(config, dtype=torch.float32, image_size=28, patch_size=7)
+    sample = make_sample(model, (3, *[IMAGE] * 180, 4))
+    inputs = {name: value for name, value in sample.items() if name != "labels"}
+    with PeakBytes() as ours:
+        calibrate(model, [sample])
+    model.set_attn_implementation("eager")
+    with PeakBytes() as theirs, torch.no_grad():
+        model(**inputs, output_attentions=True, use_cache=False)
+    assert ours.peak < theirs.peak / 5
+
+
 def test_the_model_is_left_as_it_was():
     model = make_model()
     sample = make_sample(model)
@@ -248,6 +308,34 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, monkeypatch, ki
     assert out.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     for name in ("heads", "ratios", "text_mass", "attention_change", "ffn_change", "neurons"):
         np.testing.assert_array_equal(getattr(resumed, name), getattr(whole, name))
+
+
+def launch(*arguments, launcher=("-m",)):
+    command = [sys.executable, *launcher, "tests.launched", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True)
+
+
+def test_a_killed_run_goes_on_to_the_same_file(tmp_path):
+    assert launch("calibrate", tmp_path / "a.safetensors", 3).returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors.partial"]
+    for name in ("a.safetensors", "b.safetensors"):
+        assert launch("calibrate", tmp_path / name).returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path):
+    accelerate = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0", "-m")
+    shared = launch("calibrate", tmp_path / "a.safetensors", launcher=accelerate)
+    assert shared.returncode == 0, shared.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    model, loaded = make_model(), Calibration.load(tmp_path / "a.safetensors")
+    alone = calibrate(model, make_samples(model, 5))
+    np.testing.assert_array_equal(loaded.ratios, alone.ratios)
+    for name in ("heads", "effects", "mass", "text_mass", "attention_change", "ffn_change", "neurons"):
+        np.testing.assert_allclose(getattr(loaded, name), getattr(alone, name), rtol=1e-6)
+    assert loaded.metadata == alone.metadata
 
 
 def test_sums_of_other_samples_or_another_model_are_refused(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -14,7 +15,7 @@ from safetensors.numpy import save_file
 from .records import SampleError
 
 _SAVE_SECONDS = 10.0
-_SUM = "sum/"
+_SUM, _COUNT = "sum/", "count/"
 _FACTS = "vis_sparse"
 
 
@@ -40,6 +41,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str
 class Sums:
     """Float64 sums of a profile's arrays over samples, in order, so that a run that goes on gives the same numbers.
 
+    An array may be missing in some samples: its mean is over the others.
+
     partial: the file that is rewritten every few seconds, None for none. facts: what must be equal for a run to go on
     from it. keep: the array whose values of each sample are kept too (float32).
     """
@@ -48,6 +51,7 @@ class Sums:
         self._partial = None if partial is None else Path(partial)
         self._facts, self._keep, self._saved = facts, keep, time.monotonic()
         self._sums: dict[str, np.ndarray] = {}
+        self._counts: dict[str, np.ndarray] = {}
         self._kept: list[np.ndarray] = []
         self._digest, self._resumed, self._resumed_digest = "", 0, ""
         if self._partial is not None and self._partial.is_file():
@@ -66,7 +70,10 @@ class Sums:
                 "(remove the file to start again)"
             )
         self._kept = list(tensors.pop(self._keep))
-        self._sums = {name.removeprefix(_SUM): array for name, array in tensors.items()}
+        self._sums, self._counts = (
+            {name.removeprefix(kind): array for name, array in tensors.items() if name.startswith(kind)}
+            for kind in (_SUM, _COUNT)
+        )
         self._resumed, self._resumed_digest = len(self._kept), metadata["digest"]
 
     def knows(self, index: int, sample: dict) -> bool:
@@ -85,10 +92,29 @@ class Sums:
         self._kept.append(profile[self._keep].astype(np.float32))
         for name, value in profile.items():
             self._sums[name] = self._sums.get(name, 0) + value
+            self._counts[name] = self._counts.get(name, np.zeros((), dtype=np.int64)) + 1
         if self._partial is not None and time.monotonic() - self._saved >= _SAVE_SECONDS:
-            sums = {_SUM + name: total for name, total in self._sums.items()}
-            write_tensors(self._partial, sums | {self._keep: self.kept}, self._facts | {"digest": self._digest})
+            write_tensors(self._partial, self._tensors(), self._facts | {"digest": self._digest})
             self._saved = time.monotonic()
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        sums = {_SUM + name: total for name, total in self._sums.items()}
+        counts = {_COUNT + name: np.asarray(count) for name, count in self._counts.items()}
+        return sums | counts | {self._keep: self.kept}
+
+    @classmethod
+    def merged(cls, parts: list[Sums]) -> Sums:
+        """The sums of a run whose sample i is in `parts[i % len(parts)]`."""
+        if len(parts) == 1:
+            return parts[0]
+        merged = cls(None, {}, parts[0]._keep)
+        for part in parts:
+            for name, total in part._sums.items():
+                merged._sums[name] = merged._sums.get(name, 0) + total
+                merged._counts[name] = merged._counts.get(name, 0) + part._counts[name]
+        rounds = itertools.zip_longest(*(part._kept for part in parts))
+        merged._kept = [kept for turn in rounds for kept in turn if kept is not None]
+        return merged
 
     @property
     def kept(self) -> np.ndarray:
@@ -97,7 +123,7 @@ class Sums:
 
     def means(self) -> dict[str, np.ndarray]:
         """float32 means over the samples, by name."""
-        return {name: (total / self.done).astype(np.float32) for name, total in self._sums.items()}
+        return {name: (total / self._counts[name]).astype(np.float32) for name, total in self._sums.items()}
 
     def forget(self) -> None:
         """Remove the partial file: its run is complete and its result is safe."""

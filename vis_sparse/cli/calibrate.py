@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -55,13 +56,20 @@ def calibrate_command(
     device: DeviceOption = "cpu",
     json_file: JsonOption = None,
 ) -> None:
-    """Measure who reads visual tokens and what layers do to them. Stopped and started again, it goes on."""
+    """Measure who reads visual tokens and what layers do to them. Stopped and started again, it goes on.
+
+    `accelerate launch -m vis_sparse calibrate ...` shares the samples out among processes.
+    """
+    from ..calibration import shards
     from ..calibration.samples import encode
+    from .launch import join
     from .model import load_model
 
     chosen = records(data, samples, prompt)
+    device, reports = join(device)
+    total = -(-len(chosen) // shards.place()[1])
     loaded, processor = load_model(model, dtype, device)
-    with progress("calibrating") as step:
+    with progress("calibrating") if reports else nullcontext(lambda done, total: None) as step:
         result = calibrate(
             loaded,
             (encode(processor, record) for record in chosen),
@@ -69,9 +77,11 @@ def calibrate_command(
             sensitivity=sensitivity,
             max_new_tokens=max_new_tokens,
             out=out,
-            on_sample=lambda done: step(done, len(chosen)),
+            on_sample=lambda done: step(done, total),
             data=Path(data).name,
         )
+    if not reports:
+        return
     if export_mask is not None:
         np.save(export_mask.with_suffix(".npy"), result.masks(keep))
     if page is not None:
