@@ -21,7 +21,7 @@ from transformers import (
 
 import vis_sparse
 from vis_sparse.layout import VisualLayout
-from vis_sparse.plan import LayerPlan, Neighborhood, VisualPlan
+from vis_sparse.plan import TOKEN_ORDERS, LayerPlan, Neighborhood, PlanError, TokenBudget, VisualPlan
 
 from . import oracle
 
@@ -187,6 +187,24 @@ def every_cut(batch: Batch) -> list[int]:
     return [column for column in range(1, batch.length + 1) if column not in inside]
 
 
+def scored_cuts(batch: Batch) -> list[int]:
+    """Those of `every_cut` that follow text in every sample, so that text of its own call chooses among the tokens."""
+    visual = oracle.grid_of(batch.layout, batch.length).visual
+    real = batch.attention_mask.bool()
+
+    def follows_text(cut: int) -> bool:
+        lasts = (real[row, :cut].nonzero() for row in range(len(real)))
+        return all(not len(last) or not visual[row, last[-1, 0]] for row, last in enumerate(lasts))
+
+    return [cut for cut in every_cut(batch) if follows_text(cut)]
+
+
+def cuts_for(plan: VisualPlan, batch: Batch) -> list[int]:
+    """Columns at which a prefill chunk may end under `plan`."""
+    scored = any(layer.tokens and layer.tokens.by == "attention" for layer in plan.layers)
+    return scored_cuts(batch) if scored else every_cut(batch)
+
+
 def run(model, batch: Batch, cuts=(), by: str = "ids", cache=None, start: int = 0):
     """(logits of all rows from `start` on, cache): one call for each chunk that ends at a column of `cuts`.
 
@@ -220,6 +238,32 @@ def random_plan(seed: int, semantics: str = "exclude", layers: int = LAYERS) -> 
     return VisualPlan(tuple(plan), f"random-{seed}", semantics=semantics)
 
 
+def dropping(seed: int, **settings) -> VisualPlan:
+    """A random plan under which tokens leave after some of its layers, always after the first."""
+    plan, rng = random_plan(seed, **settings), np.random.default_rng(seed)
+    budgets = [TokenBudget(float(rng.uniform(0.2, 0.9)), str(rng.choice(TOKEN_ORDERS))) for _ in plan.layers]
+    layers = [
+        replace(layer, tokens=budget) if index == 0 or rng.random() < 0.6 else layer
+        for index, (layer, budget) in enumerate(zip(map(_readable, plan.layers), budgets))
+    ]
+    return _whole_grids_first(layers)
+
+
+def _readable(layer: LayerPlan) -> LayerPlan:
+    heads = layer.heads if layer.heads is None or any(layer.heads) else None
+    return replace(layer, text_reads=True, heads=heads)
+
+
+def _whole_grids_first(layers) -> VisualPlan:
+    """Budgets that come too late for "stride" choose by "norm"."""
+    left, kept = False, []
+    for layer in layers:
+        late = left and layer.tokens and layer.tokens.by == "stride"
+        kept.append(replace(layer, tokens=replace(layer.tokens, by="norm")) if late else layer)
+        left = left or layer.tokens is not None
+    return VisualPlan(tuple(kept), "dropping")
+
+
 def _random_layer(rng) -> LayerPlan:
     near = Neighborhood(
         int(rng.integers(0, 3)), str(rng.choice(["causal", "both"])), int(rng.integers(0, 2)), int(rng.integers(1, 4))
@@ -247,7 +291,20 @@ layer_plans = st.builds(
     heads=st.none() | st.tuples(*[st.booleans()] * HEADS),
     ffn=st.sampled_from([0.0, 0.25, 1.0]) | st.sets(st.integers(0, NEURONS - 1)).map(lambda s: tuple(sorted(s))),
 )
-plans = st.builds(
+budgets = st.builds(TokenBudget, st.sampled_from([0.1, 0.3, 0.5, 0.9]), st.sampled_from(TOKEN_ORDERS))
+
+
+def _with_tokens(layer: LayerPlan, budget: TokenBudget | None) -> LayerPlan:
+    try:
+        return replace(layer, tokens=budget)
+    except PlanError:  # nothing is read there that could be scored
+        return replace(layer, tokens=replace(budget, by="norm"))
+
+
+dropping_plans = st.lists(
+    st.builds(_with_tokens, layer_plans, st.none() | budgets), min_size=LAYERS, max_size=LAYERS
+).map(_whole_grids_first)
+plans = dropping_plans | st.builds(
     VisualPlan,
     st.tuples(*[layer_plans] * LAYERS),
     semantics=st.sampled_from(["exclude", "zero"]),

@@ -2,13 +2,15 @@
 
 It shares no code with the executor. Every sequence is computed at once and from scratch: what a row sees depends on
 positions alone, so prefill, chunks, decode and caches must all give these numbers. It is differentiable.
-Semantics: DESIGN.md sections 3 and 6; "zero": the official code's arithmetic (arXiv 2410.06169).
+Semantics: DESIGN.md sections 3 and 6; "zero": the official code's arithmetic (arXiv 2410.06169). Only where tokens
+leave does it matter in which calls a sequence came: each call's visual tokens compete among themselves.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn.functional import linear
 
@@ -72,8 +74,8 @@ def active_heads(layer: LayerPlan, num_heads: int) -> torch.Tensor:
     return torch.ones(num_heads, dtype=torch.bool) if layer.heads is None else torch.tensor(layer.heads)
 
 
-def visible(plan: VisualPlan, layer: LayerPlan, heads: torch.Tensor, grid: Grid, real: torch.Tensor) -> torch.Tensor:
-    """(batch, head, query, key): the keys that enter each query's softmax."""
+def visible(plan: VisualPlan, layer: LayerPlan, heads, grid: Grid, real, alive) -> torch.Tensor:
+    """(batch, head, query, key): the keys that enter each query's softmax. alive: (batch, length), not left yet."""
     causal = at_or_before(real.shape[1])
     visual_query, visual_key = grid.visual[:, :, None], grid.visual[:, None, :]
     text = causal & real[:, None, :] & ~visual_key
@@ -84,12 +86,13 @@ def visible(plan: VisualPlan, layer: LayerPlan, heads: torch.Tensor, grid: Grid,
         keys = text[:, None] | ((of_visual | of_text)[:, None] & heads[:, None, None])
     else:
         keys = (text | of_visual | of_text)[:, None].expand(-1, len(heads), -1, -1)
-    # rows of padding are nobody's business, but must not be NaN
+    keys = keys & alive[:, None, None, :]
+    # rows of padding and rows that left are nobody's business, but must not be NaN
     return keys | torch.eye(real.shape[1], dtype=torch.bool)
 
 
-def attention(plan, layer, module, x, rotary, grid, real) -> torch.Tensor:
-    """What attention adds to every row."""
+def attention(plan, layer, module, x, rotary, grid, real, alive) -> tuple[torch.Tensor, torch.Tensor]:
+    """What attention adds to every row, and its weights (batch, head, query, key)."""
     config, (batch, length, _) = module.config, x.shape
     num_heads = config.num_attention_heads
     heads = active_heads(layer, num_heads)
@@ -108,14 +111,14 @@ def attention(plan, layer, module, x, rotary, grid, real) -> torch.Tensor:
     q, k = rotate(q, *rotary), rotate(k, *rotary)
     k, v = (kv.repeat_interleave(num_heads // kv.shape[1], dim=1) for kv in (k, v))
     scores = q @ k.transpose(-1, -2) * module.head_dim**-0.5
-    weights = scores.masked_fill(~visible(plan, layer, heads, grid, real), -torch.inf).softmax(-1)
+    weights = scores.masked_fill(~visible(plan, layer, heads, grid, real, alive), -torch.inf).softmax(-1)
     if plan.semantics == "zero":
         counts = heads & layer.text_reads
         weights = weights.masked_fill(grid.visual[:, None, None, :] & ~counts[:, None, None], 0)
     out = weights @ v
     out = out.masked_fill((grid.visual[:, None, :] & ~heads[:, None])[..., None], 0)
     out = _linear(module.o_proj, out.transpose(1, 2).reshape(batch, length, -1))
-    return out.masked_fill(grid.visual[..., None], 0) if layer.attention == "none" else out
+    return out.masked_fill(grid.visual[..., None], 0) if layer.attention == "none" else out, weights
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -152,11 +155,54 @@ def default_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def hidden_states(text, plan, layout, embeds, attention_mask=None, position_ids=None, added=()) -> list[torch.Tensor]:
+def remaining(tokens, index: int, x, weights, grid: Grid, real, alive, calls) -> torch.Tensor:
+    """`alive` after layer `index`, whose outputs are x. calls: (first, last + 1) column of each call."""
+    alive = alive.clone()
+    for sample in range(len(x)):
+        for first, end in calls:
+            visual = [c for c in range(first, end) if grid.visual[sample, c] and alive[sample, c]]
+            texts = [c for c in range(first, end) if real[sample, c] and not grid.visual[sample, c]]
+            count = max(1, int(len(visual) * tokens.keep + 1e-6))
+            if not visual:
+                continue
+            if tokens.by == "attention":
+                assert texts and texts[-1] > visual[-1], "who should choose?"
+                scores = weights[sample, :, texts[-1], visual].mean(0)
+                kept = sorted(range(len(visual)), key=lambda i: (-scores[i], i))[:count]
+            elif tokens.by == "norm":
+                kept = sorted(range(len(visual)), key=lambda i: (-x[sample, visual[i]].norm(), i))[:count]
+            elif tokens.by == "uniform":
+                kept = [int((i + 0.5) * len(visual) / count) for i in range(count)]
+            elif tokens.by == "random":
+                kept = np.random.default_rng(index).permutation(len(visual))[:count].tolist()
+            else:
+                kept = [i for i, c in enumerate(visual) if on_sub_grid(tokens.keep, grid, sample, c)]
+            for i, column in enumerate(visual):
+                alive[sample, column] = i in kept
+    return alive
+
+
+def on_sub_grid(keep: float, grid: Grid, sample: int, column: int) -> bool:
+    """Whether a token lies on every `down`-th row and every `across`-th column of its grid."""
+    height, width = (grid.last[sample, column] + 1).tolist()
+    places = {step: range((step - 1) // 2, max(height, width), step) for step in range(1, max(height, width) + 1)}
+
+    def kept(down, across):
+        return sum(y in places[down] and x in places[across] for y in range(height) for x in range(width))
+
+    pairs = [(down, across) for down in range(1, height + 1) for across in range(1, width + 1)]
+    best = min(pairs, key=lambda p: (abs(kept(*p) - keep * height * width), abs(p[0] - p[1]), p[0]))
+    return int(grid.y[sample, column]) in places[best[0]] and int(grid.x[sample, column]) in places[best[1]]
+
+
+def hidden_states(
+    text, plan, layout, embeds, attention_mask=None, position_ids=None, added=(), cuts=()
+) -> list[torch.Tensor]:
     """[inputs, output of layer 0, ..., output of the last layer after the final norm], each (batch, length, width).
 
     text: an unpatched transformers text model of the Llama kind. attention_mask: (batch, length), 1 = real token.
     added: for each of the first layers, what is added to its output at visual tokens (DeepStack), in sequence order.
+    cuts: columns between two calls. Rows that left keep the value that they had then.
     """
     if attention_mask is None:
         attention_mask = torch.ones(embeds.shape[:2], dtype=torch.long)
@@ -165,28 +211,36 @@ def hidden_states(text, plan, layout, embeds, attention_mask=None, position_ids=
     x = embeds.double()
     grid, real = grid_of(layout, x.shape[1]), attention_mask.bool()
     rotary = text.rotary_emb(x, position_ids)
-    states = [x]
+    states, alive = [x], torch.ones_like(real)
+    ends = [*[cut for cut in cuts if cut < x.shape[1]], x.shape[1]]
+    calls = list(zip([0, *ends], ends))
     for index, (layer, module) in enumerate(zip(plan.layers, text.layers, strict=True)):
-        x = x + attention(plan, layer, module.self_attn, norm(module.input_layernorm, x), rotary, grid, real)
+        before, normed = x, norm(module.input_layernorm, x)
+        change, weights = attention(plan, layer, module.self_attn, normed, rotary, grid, real, alive)
+        x = x + change
         x = x + ffn(layer, module.mlp, norm(module.post_attention_layernorm, x), grid)
         if index < len(added):
             x = x.masked_scatter(grid.visual[..., None], x[grid.visual] + added[index].double())
+        x = torch.where(alive[..., None], x, before)
+        if layer.tokens is not None:
+            alive = remaining(layer.tokens, index, x, weights, grid, real, alive, calls)
         states.append(x)
     states[-1] = norm(text.norm, x)
     return states
 
 
-def logits(model, plan, layout, embeds, attention_mask=None, position_ids=None, added=()) -> torch.Tensor:
+def logits(model, plan, layout, embeds, attention_mask=None, position_ids=None, added=(), cuts=()) -> torch.Tensor:
     """Logits of all rows of a (never patched) LLaVA-like `model`."""
     text = model.model.language_model
-    return _linear(model.lm_head, hidden_states(text, plan, layout, embeds, attention_mask, position_ids, added)[-1])
+    states = hidden_states(text, plan, layout, embeds, attention_mask, position_ids, added, cuts)
+    return _linear(model.lm_head, states[-1])
 
 
 def greedy(model, plan, layout, embeds, attention_mask, steps: int) -> torch.Tensor:
     """(batch, steps): the most likely next tokens, the whole sequence recomputed for each."""
-    tokens = []
+    tokens, cuts = [], [embeds.shape[1]]
     for _ in range(steps):
-        tokens.append(logits(model, plan, layout, embeds, attention_mask)[:, -1].argmax(-1, keepdim=True))
+        tokens.append(logits(model, plan, layout, embeds, attention_mask, cuts=cuts)[:, -1].argmax(-1, keepdim=True))
         embeds = torch.cat([embeds, model.get_input_embeddings()(tokens[-1]).to(embeds)], dim=1)
         attention_mask = torch.cat([attention_mask, torch.ones_like(tokens[-1])], dim=1)
     return torch.cat(tokens, dim=1)

@@ -1,6 +1,7 @@
 """The count: figures in print, pairs by brute force, and FLOPs against what torch counts on the unpatched model."""
 
 import dataclasses
+import itertools
 import json
 import re
 
@@ -21,9 +22,11 @@ from transformers import (
 from vis_sparse.cost import flops
 from vis_sparse.cost_report import PARTS
 from vis_sparse.layout import LayoutError, VisualLayout
-from vis_sparse.pairs import neighborhood_pairs
-from vis_sparse.plan import LayerPlan, Neighborhood, PlanError, VisualPlan
+from vis_sparse.packing import visual_coordinates
+from vis_sparse.pairs import left_pairs, neighborhood_pairs
+from vis_sparse.plan import LayerPlan, Neighborhood, PlanError, TokenBudget, VisualPlan
 from vis_sparse.shapes import ModelShape, ShapeError
+from vis_sparse.tokens import left_by_layer
 
 TERA = 1e12
 SMALL = ModelShape("small", layers=4, hidden=24, heads=6, kv_heads=3, head_dim=8, ffn=40, vocab=50)
@@ -51,6 +54,10 @@ def tera(shape, plan, convention):
         ("llava-1.5-7b", "dense", "fastv", 2.98, 2.99),
         # with 64 text tokens, 640 in all: 8.4
         ("llava-1.5-7b", "dense", "executed", 8.35, 8.45),
+        # FastV's own formula: 2 layers with 576 tokens, 30 with 288
+        ("llava-1.5-7b", "fastv", "fastv", 1.56, 1.57),
+        # 8 layers each with 576, 288, 144 and 72 tokens
+        ("llava-1.5-7b", "pyramiddrop", "paper", 3.55, 3.56),
         # ViCA's own figure is 4 % of the visual compute
         ("llava-1.5-7b", "vica", "paper", 0.30, 0.32),
     ],
@@ -132,6 +139,52 @@ def test_neighbourhood_sizes_of_the_official_grid():
     assert neighborhood_pairs(Neighborhood(99, "both"), 1, 24, 24) == 576**2
 
 
+@given(
+    near=st.builds(
+        Neighborhood, st.integers(0, 3), st.sampled_from(["causal", "both"]), st.integers(0, 2), st.integers(1, 3)
+    ),
+    stays=st.lists(st.booleans(), min_size=LAYOUT.num_visual, max_size=LAYOUT.num_visual),
+)
+def test_neighbourhoods_of_what_is_left_by_brute_force(near, stays):
+    tokens = visual_coordinates(LAYOUT).take(stays)
+    rows = list(zip(*(a.tolist() for a in (tokens.segment, tokens.frame, tokens.y, tokens.x, tokens.column))))
+    count = 0
+    for segment, t, y, x, column in rows:
+        block = [
+            (y - y % near.stride + i, x - x % near.stride + j)
+            for i, j in itertools.product(range(near.stride), repeat=2)
+        ]
+        for other, kt, ky, kx, behind in rows:
+            close = other == segment and abs(kt - t) <= near.frames
+            close = close and any(max(abs(ky - b), abs(kx - a)) <= near.radius for b, a in block)
+            count += close and (near.direction == "both" or behind <= column)
+    assert left_pairs(near, LAYOUT, tokens) == count
+
+
+def test_tokens_that_left_by_the_formula():
+    n, d, m, last = 576, 4096, 11008, 31
+    layers = flops("llava-1.5-7b", "fastv", convention="fastv").prefill.layers
+    counts = [n] * 2 + [n // 2] * 30
+    assert [layer.total for layer in layers] == [4 * c * d**2 + 2 * c**2 * d + 2 * c * d * m for c in counts]
+
+    report = flops("llava-1.5-7b", "pyramiddrop")
+    assert report.visual_left == (576,) * 8 + (288,) * 8 + (144,) * 8 + (72,) * 8
+    assert report.kv_visual_bytes == 8 * (576 + 288 + 144 + 72) * 2 * 4096 * 2
+    left, visual = report.visual_left, [layer.visual for layer in report.prefill.layers]
+    assert [lane.ffn for lane in visual] == [2 * 3 * c * d * m for c in left[:last]] + [0]
+    assert [lane.scores for lane in visual[:last]] == [4 * d * (c * (c + 1) // 2 + 35 * c) for c in left[:last]]
+    # the last text row once more over all keys, without values, in the layers that choose
+    chosen = [2 * d * (64 + c) if i in (7, 15, 23) else 0 for i, c in enumerate(left)]
+    text = [4 * d * (64 * 65 // 2 + 29 * c) for c in left]
+    assert [layer.text.scores for layer in report.prefill.layers] == [a + b for a, b in zip(text, chosen)]
+    assert flops("llava-1.5-7b", "random-drop").total == flops("llava-1.5-7b", "fastv").total - 2 * d * (64 + 576)
+
+
+def test_nobody_leaves_where_nobody_comes_after():
+    layers = (LayerPlan(), LayerPlan(tokens=TokenBudget(0.5)), LayerPlan.off(), LayerPlan.off())
+    assert flops(SMALL, VisualPlan(layers), layout=LAYOUT, text_tokens=TEXT).visual_left == (LAYOUT.num_visual,) * 4
+
+
 def tokens_of(layout, sample, text):
     """The sample's sequence: None for a text token, (segment, t, y, x) for a visual one."""
     visual = {}
@@ -152,18 +205,27 @@ def near_enough(attention, query, key):
 def brute_scores(plan, layout, text):
     """Score FLOPs of every layer by asking of each (layer, head, query, key) whether it is read."""
     zero, layers = plan.semantics == "zero", []
+    left = [
+        set(zip(t.sample.tolist(), t.column.tolist()))
+        for t in left_by_layer([each.tokens for each in plan.layers], layout)
+    ]
     for index, layer in enumerate(plan.layers):
         alive = (
             zero or plan.is_dense or any(later.text_reads and any(later.heads) for later in plan.layers[index + 1 :])
         )
         products = 0
         for sample in range(layout.batch_size):
-            tokens = tokens_of(layout, sample, text)
+            tokens = [
+                token if token is None or (sample, position) in left[index] else "left"
+                for position, token in enumerate(tokens_of(layout, sample, text))
+            ]
             for active in layer.heads:
                 for q, query in enumerate(tokens):
-                    if query and not (alive and active and layer.attention != "none"):
+                    if query == "left" or query and not (alive and active and layer.attention != "none"):
                         continue
                     for k, key in enumerate(tokens):
+                        if key == "left":
+                            continue
                         both = isinstance(layer.attention, Neighborhood) and layer.attention.direction == "both"
                         if k > q and not (both and query and key):
                             continue
@@ -184,8 +246,11 @@ near_plans = st.builds(Neighborhood, st.integers(0, 2), st.sampled_from(["causal
 layer_plans = st.builds(
     LayerPlan, st.booleans(), st.sampled_from(["full", "none"]) | near_plans, masks, st.floats(0, 1)
 )
+leaving = st.builds(TokenBudget, st.sampled_from([0.2, 0.5, 0.8]), st.sampled_from(["norm", "uniform", "random"]))
 four_layers = st.builds(
     VisualPlan, st.lists(layer_plans, min_size=4, max_size=4).map(tuple), semantics=st.sampled_from(["exclude", "zero"])
+) | st.lists(st.builds(dataclasses.replace, layer_plans, tokens=st.none() | leaving), min_size=4, max_size=4).map(
+    lambda layers: VisualPlan(tuple(layers))
 )
 
 

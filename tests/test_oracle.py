@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vis_sparse.layout import VisualLayout
-from vis_sparse.plan import LayerPlan, Neighborhood, VisualPlan
+from vis_sparse.plan import TOKEN_ORDERS, LayerPlan, Neighborhood, TokenBudget, VisualPlan
 
 from . import oracle
 from .models import HEADS, IMAGE, LAYERS, TEXT_MODELS, make_batch, make_model
@@ -78,6 +78,7 @@ CHANGES = {
     "ffn-none": dict(ffn=0.0),
     "ffn-indices": dict(ffn=tuple(range(1, 25))),
 }
+TOKENS = {f"tokens-{by}": dict(tokens=TokenBudget(0.5, by)) for by in TOKEN_ORDERS}
 
 
 @pytest.mark.parametrize("semantics", ["exclude", "zero"])
@@ -91,7 +92,8 @@ def test_every_field_moves_the_text_logits(semantics):
         with torch.no_grad():
             return oracle.logits(model, VisualPlan(tuple(layers), semantics=semantics), batch.layout, batch.embeds)
 
-    rows = {name: logits(changes)[0, -1] for name, changes in CHANGES.items()} | {"dense": logits({})[0, -1]}
+    changes = CHANGES | (TOKENS if semantics == "exclude" else {}) | {"dense": {}}
+    rows = {name: logits(fields)[0, -1] for name, fields in changes.items()}
     for one, other in itertools.combinations(rows, 2):
         assert (rows[one] - rows[other]).abs().max() > 1e-2, (one, other)
 

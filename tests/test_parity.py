@@ -139,11 +139,13 @@ def shipped(name) -> tuple[VisualPlan, int]:
 @torch.no_grad()
 def test_shipped_plan_is_the_oracle(name, semantics, backend):
     plan, layers = shipped(name)
+    if semantics == "zero" and any(layer.tokens for layer in plan.layers):
+        pytest.skip("refused: tokens that leave are not the official arithmetic")
     plan = plan.replace(semantics=semantics)
     model, reference = deep_model(layers), deep_model(layers)
     batch, cuts = Scenario((ONE, TWO, (7,)), decode=2).build(reference)
     masked = resolve_heads(plan, HEADS, 4, "first")
-    expected = oracle.logits(reference, masked, batch.layout, batch.embeds, batch.attention_mask)
+    expected = oracle.logits(reference, masked, batch.layout, batch.embeds, batch.attention_mask, cuts=cuts)
     logits, _ = run(vis_sparse.patch(model, plan, heads="first", backend=backend), batch, cuts)
     check(logits, expected, oracle.compared_rows(masked, batch.layout, batch.attention_mask), relative=1e-5)
 

@@ -1,12 +1,14 @@
 """Plans: every check and its message, the published methods, YAML there and back, and the shipped files."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vis_sparse.heads import resolve_heads
 from vis_sparse.plan import (
     HeadBudget,
     HeadFile,
@@ -14,6 +16,7 @@ from vis_sparse.plan import (
     Neighborhood,
     PlanError,
     PlanRecipe,
+    TokenBudget,
     VisualPlan,
     layer_range,
     mask_plan,
@@ -102,7 +105,7 @@ def test_a_plan_of_another_depth_is_refused():
     [
         (
             "layers: {0: {atention: full}}",
-            "plan: layers 0: got unknown key 'atention', expected one of text_reads, attention, heads, ffn; "
+            "plan: layers 0: got unknown key 'atention', expected one of text_reads, attention, heads, ffn, tokens; "
             "did you mean 'attention'?",
         ),
         (
@@ -128,10 +131,27 @@ def test_a_plan_of_another_depth_is_refused():
             "layers: {3: {heads: {keep: 2.5}}}",
             "plan: layers 3: heads.keep: got 2.5, expected a count >= 0 or a share in [0, 1]",
         ),
+        ("default: {tokens: {by: norm}}", "plan: default: tokens: keep is missing"),
+        ("default: {tokens: {keep: 0}}", "plan: default: tokens.keep: got 0, expected a share in (0, 1]"),
+        ("default: {tokens: {keep: 12}}", "plan: default: tokens.keep: got 12, expected a share in (0, 1]"),
+        (
+            "default: {tokens: {keep: 0.5, by: magic}}",
+            "plan: default: tokens.by: got 'magic', expected one of attention, norm, uniform, stride, random",
+        ),
+        (
+            "default: {tokens: {keep: 0.5, seed: 1}}",
+            "plan: default: tokens: got unknown key 'seed', expected one of keep, by",
+        ),
+        ("default: {tokens: 0.5}", "plan: default: tokens: got 0.5, expected all or {keep: share, by: order}"),
+        (
+            "layers: {2: {text_reads: false, tokens: {keep: 0.5}}}",
+            "plan: layers 2: tokens.by: got attention in a layer in which text reads no visual token, expected "
+            "text_reads and an active head there (norm, uniform, stride and random need neither)",
+        ),
         ("layers: {3: {ffn: 3}}", "plan: layers 3: ffn: got 3, expected a share in [0, 1] or neuron indices"),
         (
             "layers: {3: on}",
-            "plan: layers 3: got True, expected 'off' or the keys text_reads, attention, heads, ffn",
+            "plan: layers 3: got True, expected 'off' or the keys text_reads, attention, heads, ffn, tokens",
         ),
         ("layers: [off]", "plan: layers: got list, expected a mapping of layer ranges"),
         ("semantics: both", "plan: semantics: got 'both', expected one of exclude, zero"),
@@ -147,9 +167,11 @@ def test_what_is_refused_in_a_file(text, message):
         read_recipe(text)
 
 
-@pytest.mark.parametrize("spec", ["x", "3-1", "2--4", "1.5", "50%", "50-60%", "60%-50%", "50%-150%", "nan%-", "1e2"])
+@pytest.mark.parametrize(
+    "spec", ["x", "3-1", "2--4", "1.5", "50%", "50-60%", "60%-50%", "50%-150%", "nan%-", "1e2", "<3", "<0%", "<101%"]
+)
 def test_malformed_ranges_are_refused_when_the_file_is_read(spec):
-    message = f"layers: got range {spec!r}, expected like 4, 2-15, 2-, 50%-100% or 50%- in ascending order"
+    message = f"layers: got range {spec!r}, expected like 4, 2-15, 2-, 50%-100%, 50%- or <50% in ascending order"
     with refuses(f"plan: {message}"):
         read_recipe(f"layers: {{'{spec}': off}}")
 
@@ -171,6 +193,10 @@ def test_text_that_is_no_yaml_is_refused_in_one_line():
         ("50%-", 5, [3, 4]),
         ("-50%", 5, [0, 1, 2]),
         ("50%-50%", 8, []),
+        ("<25%", 32, [7]),
+        ("<25%", 27, [6]),
+        ("<7%", 100, [6]),
+        ("<100%", 5, [4]),
         # 7/32 is 21.875 %; 0.07 * 100 is a little above 7, and still layer 7
         ("21.875%-25%", 32, [7]),
         ("7%-9%", 100, [7, 8]),
@@ -222,6 +248,8 @@ def test_masks_and_indices_come_as_arrays_too():
         (LayerPlan(attention="none", ffn=0), False, False),
         (LayerPlan(attention="none", ffn=()), False, False),
         (LayerPlan.off(), False, False),
+        (LayerPlan(tokens=TokenBudget(0.5)), False, True),
+        (LayerPlan(tokens=TokenBudget(1)), True, True),
     ],
 )
 def test_what_a_layer_is(layer, is_dense, updates):
@@ -239,6 +267,42 @@ def test_budgets_round_half_up(keep, count):
 )
 def test_an_ffn_share_is_the_official_codes_first_neurons(ffn, size, count):
     assert LayerPlan(ffn=ffn).neurons(size) == count
+
+
+@pytest.mark.parametrize(
+    ("keep", "tokens", "count"), [(0.5, 576, 288), (0.5, 7, 3), (0.01, 7, 1), (0.9, 1, 1), (0.29, 100, 29), (0.5, 0, 0)]
+)
+def test_a_share_of_the_tokens_is_rounded_down_but_never_to_none(keep, tokens, count):
+    assert TokenBudget(keep).count(tokens) == count
+
+
+def test_nothing_leaves_under_a_share_of_one():
+    assert LayerPlan(tokens=TokenBudget(1.0, "norm")) == LayerPlan()
+    assert VisualPlan.from_yaml("layers: {0: {tokens: {keep: 1}}, 1: {tokens: all}}", 2).is_dense
+
+
+def test_what_is_refused_of_tokens_over_a_whole_plan():
+    half = LayerPlan(tokens=TokenBudget(0.5))
+    with refuses(
+        "layer 1: tokens: got a share to keep under semantics 'zero', expected 'exclude' (in the official arithmetic "
+        "every visual row goes on to the end)"
+    ):
+        VisualPlan((LayerPlan(), half), semantics="zero")
+    with refuses(
+        "layer 2: tokens.by: got stride after tokens left in layer 0, expected whole grids (stride may only come first)"
+    ):
+        VisualPlan((half, LayerPlan(), LayerPlan(tokens=TokenBudget(0.5, "stride"))))
+    text = "name: p\nlayers: {0: {text_reads: false}, 0-: {tokens: {keep: 0.5}}}"
+    with refuses(
+        "plan 'p': tokens.by: got attention in a layer in which text reads no visual token, expected text_reads and an "
+        "active head there (norm, uniform, stride and random need neither)"
+    ):
+        VisualPlan.from_yaml(text, 2)
+
+
+def test_heads_that_leave_nobody_to_choose_are_refused():
+    with pytest.raises(PlanError, match="tokens.by: got attention"):
+        resolve_heads(VisualPlan.fastv(4), 2, 2, np.zeros((4, 2), dtype=bool))
 
 
 def test_official_settings():
@@ -263,6 +327,11 @@ def test_shipped_plans_are_the_published_methods_on_32_layers():
     assert shipped["vica"] == VisualPlan.vica(32, VICA_LAYERS).layers
     assert shipped["shortv"] == VisualPlan.shortv(32, range(13, 32)).layers
     assert shipped["vskip"] == VisualPlan.vskip(32, range(16, 32)).layers
+    assert shipped["fastv"] == VisualPlan.fastv(32).layers
+    assert [i for i, layer in enumerate(shipped["fastv"]) if layer.tokens] == [1]
+    assert shipped["random-drop"] == VisualPlan.fastv(32, by="random").layers
+    assert shipped["pyramiddrop"] == VisualPlan.pyramiddrop(32).layers
+    assert [i for i, layer in enumerate(shipped["pyramiddrop"]) if layer.tokens] == [7, 15, 23]
     near = Neighborhood(2, "both")
     assert shipped["yopo-12"] == (
         *[LayerPlan(attention=near, ffn=0.25)] * 2,
@@ -314,12 +383,17 @@ layers = st.builds(
     heads=st.none() | masks | budgets | files,
     ffn=st.floats(0, 1) | st.sets(st.integers(0, 99)).map(lambda chosen: tuple(sorted(chosen))),
 )
+tokens = st.builds(TokenBudget, st.floats(0, 1, exclude_min=True), st.sampled_from(["norm", "uniform", "random"]))
 plans = st.builds(
     VisualPlan,
     st.lists(layers, min_size=1, max_size=6).map(tuple),
     name=st.text().filter(str.isprintable),
     about=st.text().filter(str.isprintable),
     semantics=st.sampled_from(["exclude", "zero"]),
+) | st.builds(
+    lambda layers, tokens: VisualPlan(tuple(replace(layer, tokens=tokens) for layer in layers)),
+    st.lists(layers, min_size=1, max_size=6),
+    tokens,
 )
 
 
@@ -327,6 +401,11 @@ plans = st.builds(
 def test_yaml_there_and_back(plan):
     assert VisualPlan.from_yaml(plan.to_yaml()) == plan
     assert read_recipe(plan.to_yaml()).resolve(plan.num_layers) == plan
+
+
+def test_yaml_of_the_methods_that_drop_tokens():
+    for plan in (VisualPlan.fastv(5), VisualPlan.pyramiddrop(5), VisualPlan.fastv(5, 3, 0.1, "stride")):
+        assert VisualPlan.from_yaml(plan.to_yaml()) == plan
 
 
 def test_a_file_that_states_its_depth_is_refused_for_another():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 import vis_sparse
 
 from . import oracle
-from .models import batches, every_cut, extended, make_batch, make_model, plans, run
+from .models import batches, cuts_for, extended, make_batch, make_model, plans, run
 
 TEXTS = st.sampled_from(["llama", "qwen2-gqa"])
 REFERENCES = {text: make_model(text) for text in ("llama", "qwen2-gqa")}
@@ -27,11 +27,11 @@ def test_any_plan_layout_and_calls(text, plan, samples, padding, decode, data):
     reference = REFERENCES[text]
     prompt = make_batch(reference, samples, padding)
     batch = extended(reference, prompt, decode)
-    cuts = data.draw(st.lists(st.sampled_from(every_cut(prompt)), max_size=3, unique=True), "cuts")
+    cuts = data.draw(st.lists(st.sampled_from(cuts_for(plan, prompt)), max_size=3, unique=True), "cuts")
     backend = data.draw(st.sampled_from(["reference", "torch"]), "backend")
     cuts = sorted({*cuts, *range(prompt.length, batch.length)})
 
-    expected = oracle.logits(reference, plan, batch.layout, batch.embeds, batch.attention_mask)
+    expected = oracle.logits(reference, plan, batch.layout, batch.embeds, batch.attention_mask, cuts=cuts)
     with vis_sparse.patched(make_model(text), plan, backend=backend) as model:
         logits, cache = run(model, batch, cuts, by="embeds")
     rows = oracle.compared_rows(plan, batch.layout, batch.attention_mask)

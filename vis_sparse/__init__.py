@@ -9,6 +9,7 @@ _EXPORTS = {
     "Neighborhood": "plan",
     "PlanError": "plan",
     "HeadBudget": "plan",
+    "TokenBudget": "plan",
     "PlanRecipe": "plan",
     "load_plan": "plan_yaml",
     "plan_names": "plan_yaml",

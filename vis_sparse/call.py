@@ -9,31 +9,77 @@ import torch
 
 from .kernels import Backend
 from .kernels.patterns import TextPattern, VisualPattern
-from .packing import Coordinates, Packing, on_device, text_coordinates
+from .packing import Coordinates, Packing, on_device, places_of, text_coordinates
 
 
 class Call:
     """Tables of one call on a device.
 
     packing: the call's rows. seen, rest: coordinates of the slots of the two stores after the call's own were
-    appended, (batch, slots).
+    appended, (batch, slots). mask: (batch, columns) bool, False = padding; None = none, or as the slots say. left: the
+    rows of `packing` at their columns of the sequence, where `packing` has others (`leaving`).
     """
 
-    def __init__(self, packing: Packing, seen: Coordinates, rest: Coordinates, device: torch.device):
-        self.packing, self.device = packing, device
+    def __init__(
+        self,
+        packing: Packing,
+        seen: Coordinates,
+        rest: Coordinates,
+        device: torch.device,
+        mask: np.ndarray | None = None,
+        left: Packing | None = None,
+    ):
+        self.packing, self.device, self.mask = packing, device, mask
+        self.left = packing if left is None else left
         self._seen, self._rest = seen, rest
         self._patterns: dict = {}
         self.num_text = packing.num_text
         self.batch = packing.batch
         self.has_run = False  # whether the backend's tables have been built
-        index = packing.row_index()
-        self._is_plain = not packing.num_visual and np.array_equal(index, np.arange(packing.batch * packing.length))
-        self._row_index = None if self._is_plain else self._to(index)
-        real = np.concatenate([packing.text_valid.ravel(), np.ones(packing.num_visual, dtype=bool)])
-        self._real_rows = None if real.all() else self._to(np.flatnonzero(real))
-        covers = real.all() and len(index) == packing.batch * packing.length
-        # row of every column, where each column is a row: the way back into the sequence's order
-        self.order = self._to(np.argsort(index)) if covers and not packing.past else None
+
+    @classmethod
+    def over(cls, packing: Packing, book, mask: np.ndarray | None, device: torch.device) -> Call:
+        """The tables of a call whose slots `book` already has."""
+        return cls(packing, book.slots.masked(mask), book.text_slots().masked(mask), device, mask)
+
+    def leaving(self, kept: np.ndarray, book) -> Call:
+        """The tables of the layers that only the packed visual rows `kept` reach; appends their slots to `book`.
+
+        Columns are counted without those that left: what is left is a shorter sequence, over which plain causal
+        attention is plain again. (Positions went into the rows' rotation; columns only say who comes first.)
+        """
+        left = self.left.keep(kept)
+        book.append(left.slots(), left.length)
+        seen, rest = book.slots.masked(self.mask), book.text_slots().masked(self.mask)
+        places = places_of(seen, left.past + left.length)
+        return Call(left.moved(places), seen.moved(places), rest.moved(places), self.device, self.mask, left)
+
+    @cached_property
+    def _index(self) -> np.ndarray:
+        return self.packing.row_index()
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        rows = self.packing.batch * self.packing.length
+        return not self.packing.num_visual and np.array_equal(self._index, np.arange(rows))
+
+    @cached_property
+    def _row_index(self) -> torch.Tensor:
+        return self._to(self._index)
+
+    @cached_property
+    def _is_real(self) -> np.ndarray:
+        return np.concatenate([self.packing.text_valid.ravel(), np.ones(self.packing.num_visual, dtype=bool)])
+
+    @cached_property
+    def _real_rows(self) -> torch.Tensor | None:
+        return None if self._is_real.all() else self._to(np.flatnonzero(self._is_real))
+
+    @cached_property
+    def order(self) -> torch.Tensor | None:
+        """Row of every column, where each column is a row: the way back into the sequence's order."""
+        covers = self._is_real.all() and len(self._index) == self.packing.batch * self.packing.length
+        return self._to(np.argsort(self._index)) if covers and not self.packing.past else None
 
     def _to(self, array: np.ndarray) -> torch.Tensor:
         return on_device(array, self.device)
@@ -75,6 +121,21 @@ class Call:
     @cached_property
     def _visual_slots(self) -> torch.Tensor:
         return self._to(self.packing.visual_slots.ravel())
+
+    def by_packed(self, seen):
+        """Of the `seen` store's slots (batch, slots, ...), those of the packed visual rows, (num_visual, ...)."""
+        text = self.packing.text_columns.shape[1]
+        end = seen.shape[1] - text
+        own = seen[:, end - self.packing.visual_slots.shape[1] : end].flatten(0, 1)
+        if self.packing.packed_is_padded:
+            return own
+        return own.index_select(0, self._to(np.flatnonzero(self.packing.visual_valid)))
+
+    @property
+    def read_slots(self) -> torch.Tensor | None:
+        """(batch, slots) bool: what the last text row reads of the `seen` store, in heads that read visual keys; None
+        if all. Nothing visual comes after it (`tokens.check_text_follows`)."""
+        return None if self._seen.valid.all() else self._to(self._seen.valid)
 
     def text_pattern(self, seen: bool, blind: tuple[bool, ...] | None = None) -> TextPattern:
         """What text queries read of the `seen` store, or of the `rest` store."""

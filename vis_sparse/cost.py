@@ -3,7 +3,8 @@
 Conventions (a multiply-add is 2 FLOPs unless said otherwise):
 
 - `executed`: what the patched model does, text included, from the same `schedule` as the executor. Projections and
-  FFN are exact; scores are the ideal number, each pair that is really read counted once.
+  FFN are exact; scores are the ideal number, each pair that is really read counted once. Where a plan drops tokens by
+  their scores, evenly spaced ones stand in for those that stay: their number is exact, their places decide pairs alone.
 - `paper` (arXiv 2410.06169): visual tokens only, 2(4nd^2 + 2n^2 d + 3ndm) a layer, scaled by the plan.
 - `macs`: multiply-adds, half of `paper`. `fastv`: multiply-adds with 2ndm for the FFN (arXiv 2403.06764).
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from .cost_conventions import executed, fastv, macs, paper
+from .cost_conventions import executed, fastv, macs, paper, tokens_by_layer
 from .cost_report import CostReport
 from .heads import resolve_heads
 from .image_grids import EncodedImage, Grid
@@ -75,7 +76,10 @@ def flops(
         if encoded and shape.vision:
             tower, projector = _vision_tower(shape, encoded), _projector(shape, encoded)
             prefill = dataclasses.replace(prefill, vision_tower=tower, projector=projector)
-    text_values, visual_values = _cached_values(shape, plan, layout, text_tokens)
+    work = schedule(plan, shape.heads, shape.kv_heads, shape.ffn)
+    left = tuple(tokens.rows for tokens in tokens_by_layer((item.tokens for item in work), layout, text_tokens))
+    per_head = 2 * shape.head_dim * kv_dtype_bytes  # K and V
+    visual_heads = sum(rows * len(item.key_heads) for rows, item in zip(left, work, strict=True) if item.stores)
     return CostReport(
         model=shape.name,
         plan=plan.name,
@@ -83,10 +87,11 @@ def flops(
         batch=layout.batch_size,
         visual_tokens=layout.num_visual,
         text_tokens=layout.batch_size * text_tokens,
+        visual_left=left,
         prefill=prefill,
         decode=decode,
-        kv_text_bytes=kv_dtype_bytes * text_values,
-        kv_visual_bytes=kv_dtype_bytes * visual_values,
+        kv_text_bytes=per_head * layout.batch_size * text_tokens * shape.kv_heads * shape.layers,
+        kv_visual_bytes=per_head * visual_heads,
         executed_scores=executed_scores,
     )
 
@@ -125,12 +130,3 @@ def _vision_tower(shape: ModelShape, encoded: tuple[EncodedImage, ...]) -> int:
 def _projector(shape: ModelShape, encoded: tuple[EncodedImage, ...]) -> int:
     rows = sum(image.projected for image in encoded)
     return 2 * rows * sum(inputs * outputs for inputs, outputs in shape.projector)
-
-
-def _cached_values(shape: ModelShape, plan: VisualPlan, layout: VisualLayout, text_tokens: int) -> tuple[int, int]:
-    """Cached numbers (K and V) of text and of visual tokens after prefill."""
-    work = schedule(plan, shape.heads, shape.kv_heads, shape.ffn)
-    visual_heads = sum(len(item.key_heads) for item in work if item.stores)
-    text_heads = shape.kv_heads * shape.layers
-    per_head = 2 * shape.head_dim
-    return per_head * layout.batch_size * text_tokens * text_heads, per_head * layout.num_visual * visual_heads

@@ -71,9 +71,10 @@ class PassCost:
 class CostReport:
     """What a plan costs on a model, for one batch.
 
-    visual_tokens, text_tokens: of the whole batch. prefill: the pass over the prompt; decode: the step after it, one
-    text row a sample, None where the convention has none. kv_text_bytes, kv_visual_bytes: the cache after prefill.
-    executed_scores: score FLOPs that the attention backend really executes in prefill, if it was measured.
+    visual_tokens, text_tokens: of the whole batch. visual_left: visual tokens that come into each layer. prefill: the
+    pass over the prompt; decode: the step after it, one text row a sample, None where the convention has none.
+    kv_text_bytes, kv_visual_bytes: the cache after prefill. executed_scores: score FLOPs that the attention backend
+    really executes in prefill, if it was measured.
     """
 
     model: str
@@ -82,6 +83,7 @@ class CostReport:
     batch: int
     visual_tokens: int
     text_tokens: int
+    visual_left: tuple[int, ...]
     prefill: PassCost
     decode: PassCost | None
     kv_text_bytes: int

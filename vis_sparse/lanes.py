@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -18,8 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from .cache import Book, LaneCacheLayer, Store
 from .call import Call
 from .kernels import Backend
+from .packing import Packing, on_device
 from .plan import VisualPlan
 from .schedule import LayerWork, schedule
+from .token_scores import attention_received, norms, on_host
+from .tokens import check_text_follows, choose
 from .weights import CutLinear, apply, index_on, select, unit_columns
 
 
@@ -178,12 +182,31 @@ class LaneLayer:
         """Queries or keys (rows, heads, head_dim) after the layer's norm of them, if it has one."""
         return self.layer.module(f"{name}_norm")(y) if f"{name}_norm" in self.layer.parts else y
 
-    def __call__(self, x, call: Call, cos, sin, cached: LaneCacheLayer | None = None) -> torch.Tensor:
-        """x (text rows + visual rows, or text rows alone, hidden) -> the same after the layer. x may be reused."""
+    def __call__(
+        self, x, call: Call, cos, sin, cached: LaneCacheLayer | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x (text rows + visual rows, or text rows alone, hidden) -> the same after the layer, and the visual rows'
+        scores where tokens leave by attention. x may be reused."""
         num_text, stores = call.num_text, (cached.seen, cached.rest) if cached else (Store(), Store())
         text, visual, both = self._project(self.layer.module("input_norm")(x), num_text, cos, sin)
+        scored = self.scores_tokens and x.shape[0] > num_text
         x = self._attend(x, num_text, text, visual, both, call, stores)
-        return self._feed_forward(x, num_text)
+        scores = self._scores(text["query"], call, stores[0]) if scored else None
+        return self._feed_forward(x, num_text), scores
+
+    @property
+    def scores_tokens(self) -> bool:
+        return self.work.tokens is not None and self.work.tokens.by == "attention"
+
+    @torch.no_grad()
+    def _scores(self, query, call: Call, seen: Store):
+        """What each visual row gets of the attention of its sample's last text row, (num_visual,)."""
+        heads, last = self.heads, call.by_sample(query)[:, -1]
+        readers = None
+        if heads.blind is not None:
+            readers = index_on(tuple(i for i, blind in enumerate(heads.blind) if not blind), last.device)
+        last = select(last, 1, heads.seen_queries)
+        return call.by_packed(attention_received(last, seen.tensors[0], call.read_slots, readers, self.layer.scale))
 
     def _project(self, h, num_text, cos, sin):
         """Queries, keys and values of the text rows, of the visual rows, and of both where one product gave them:
@@ -315,9 +338,24 @@ class LaneExecutor:
             for cut in lane.cuts:
                 cut.refresh()
 
+    @property
+    def drops(self) -> bool:
+        """Whether visual tokens leave between layers: the tables behind depend on values then."""
+        return any(lane.work.tokens is not None for lane in self.layers)
+
+    def check(self, packing: Packing) -> None:
+        """Raise LayoutError for a call that the plan cannot run on."""
+        if any(lane.scores_tokens for lane in self.layers):
+            check_text_follows(packing)
+
     def new_cache_layers(self, batch: int) -> list[LaneCacheLayer]:
-        book = Book(batch, self.plan)
-        return [LaneCacheLayer(book, leads=index == 0) for index in range(len(self.layers))]
+        """Layers between which no token leaves hold the same tokens, and share a book."""
+        layers, leads = [], True
+        for lane in self.layers:
+            book = Book(batch, self.plan) if leads else layers[-1].book
+            layers.append(LaneCacheLayer(book, leads))
+            leads = lane.work.tokens is not None
+        return layers
 
     def adopt(self, keys_values: Sequence[tuple[torch.Tensor, torch.Tensor]], cache_layers) -> None:
         """Fill new cache layers from a plain cache of text tokens.
@@ -341,19 +379,50 @@ class LaneExecutor:
         norm; rows of visual tokens that no layer needs any more keep their last value.
         """
         x, cos, sin = call.split(hidden, cos, sin)
-        stopped = None
+        # passed: where tokens left, all visual rows before and which of them went on
+        whole, stopped, passed = call, None, []
         for index, lane in enumerate(self.layers):
             if collect is not None:
-                collect.append(call.merge(hidden, x, stopped).clone())
+                collect.append(_merged(whole, hidden, x, stopped, passed).clone())
             if index == self.last_use + 1:
                 x, stopped = x[: call.num_text], x[call.num_text :]
             if lane.layer.checkpoints:
-                x = checkpoint(lane, x, call, cos, sin, use_reentrant=False)
+                x, scores = checkpoint(lane, x, call, cos, sin, use_reentrant=False)
             else:
-                x = lane(x, call, cos, sin, cache_layers[index] if cache_layers else None)
+                x, scores = lane(x, call, cos, sin, cache_layers[index] if cache_layers else None)
             if index < len(added) and x.shape[0] > call.num_text:
-                x = add_rows(x, call.num_text, added[index])
-        return call.merge(hidden, x, stopped)
+                rows = added[index]
+                for _, kept in passed:
+                    rows = rows.index_select(0, kept)
+                x = add_rows(x, call.num_text, rows)
+            if lane.work.tokens is not None:
+                book = cache_layers[index + 1].book if cache_layers else Book(call.batch, self.plan)
+                kept = self._kept(index, x, scores, call)
+                following = call.leaving(kept, book)
+                if call.left.num_visual:
+                    kept = on_device(kept, x.device)
+                    passed.append((x[call.num_text :], kept))
+                    rows = torch.cat([torch.arange(call.num_text, device=x.device), call.num_text + kept])
+                    x, cos, sin = (t.index_select(0, rows) for t in (x, cos, sin))
+                call = following
+        return _merged(whole, hidden, x, stopped, passed)
+
+    def _kept(self, index: int, x: torch.Tensor, scores: torch.Tensor | None, call: Call) -> np.ndarray:
+        """The packed visual rows that go on after layer `index`."""
+        budget, rows = self.layers[index].work.tokens, x[call.num_text :].detach()
+        if budget.by == "norm":
+            scores = norms(rows)
+        return choose(budget, index, call.left.visual, None if scores is None else on_host(scores))
+
+
+def _merged(call: Call, hidden, x, stopped, passed) -> torch.Tensor:
+    """The lanes' rows in the shape of `hidden`; rows that left have the value they had then."""
+    if passed:
+        x, rows = x[: call.num_text], x[call.num_text :] if stopped is None else stopped
+        for before, kept in reversed(passed):
+            rows = before.index_copy(0, kept, rows)
+        stopped = rows
+    return call.merge(hidden, x, stopped)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

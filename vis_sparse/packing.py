@@ -7,13 +7,15 @@ here is numpy on the host and happens once per layout; the device sees finished 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
 from .layout import LayoutError, VisualLayout
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Coordinates(NamedTuple):
@@ -33,6 +35,14 @@ class Coordinates(NamedTuple):
     def take(self, index) -> Coordinates:
         return Coordinates(*(array[index] for array in self))
 
+    def moved(self, places: np.ndarray) -> Coordinates:
+        """With every column replaced by `places`, (batch, columns)."""
+        return self._replace(column=places[self.sample, self.column])
+
+    def masked(self, mask: np.ndarray | None) -> Coordinates:
+        """Entries where `mask` (batch, columns) is False are padding; None masks nothing."""
+        return self if mask is None else self._replace(valid=self.valid & mask[self.sample, self.column])
+
     @property
     def is_visual(self) -> np.ndarray:
         return self.segment >= 0
@@ -40,6 +50,8 @@ class Coordinates(NamedTuple):
 
 def on_device(table: np.ndarray, device: torch.device) -> torch.Tensor:
     """A host table as a tensor. Tables outlive the call, so none may be an inference tensor."""
+    import torch  # here alone: counting needs coordinates, and no torch
+
     with torch.inference_mode(False):
         return torch.from_numpy(np.ascontiguousarray(table)).to(device)
 
@@ -114,6 +126,30 @@ class Packing:
         visual = visual._replace(sample=np.broadcast_to(np.arange(self.batch)[:, None], self.visual_slots.shape))
         return Coordinates(*(np.concatenate([v, t], axis=1) for v, t in zip(visual, text)))
 
+    def keep(self, kept: np.ndarray) -> Packing:
+        """The tables with the packed visual rows `kept`, ascending, and all text rows."""
+        visual = self.visual.take(kept)
+        slots, valid = _visual_slots(self.batch, visual.sample)
+        return replace(self, visual=visual, visual_slots=slots, visual_valid=valid)
+
+    def moved(self, places: np.ndarray) -> Packing:
+        """The tables with every column replaced by its place; the past is then a part of the call's columns."""
+        sample = np.arange(self.batch)[:, None]
+        return replace(
+            self,
+            length=int(places.max(initial=-1)) + 1,
+            past=0,
+            text_columns=places[sample, self.text_columns + self.past],
+            visual=self.visual.moved(places),
+        )
+
+
+def places_of(slots: Coordinates, columns: int) -> np.ndarray:
+    """(batch, columns): each column's place among the real tokens of `slots` in its sample, counted without gaps."""
+    present = np.zeros((len(slots.sample), columns), dtype=bool)
+    present[slots.sample[slots.valid], slots.column[slots.valid]] = True
+    return np.maximum(present.cumsum(1) - 1, 0)
+
 
 def pack(layout: VisualLayout, length: int, past: int = 0, mask: np.ndarray | None = None) -> Packing:
     """Tables for a call of `length` columns after `past` ones.
@@ -129,10 +165,15 @@ def pack(layout: VisualLayout, length: int, past: int = 0, mask: np.ndarray | No
         raise LayoutError("attention_mask: got 0 at visual tokens, expected 1 (visual tokens cannot be padding)")
     is_text[visual.sample, local] = False
     text_columns, text_valid = _left_padded(is_text)
-    owner = np.zeros((batch, len(visual.sample)), dtype=bool)
-    owner[visual.sample, np.arange(len(visual.sample))] = True
-    visual_slots, visual_valid = _left_padded(owner)
+    visual_slots, visual_valid = _visual_slots(batch, visual.sample)
     return Packing(batch, length, past, layout, text_columns, text_valid, visual, visual_slots, visual_valid)
+
+
+def _visual_slots(batch: int, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Slots of packed visual rows of these samples, and which are real."""
+    owner = np.zeros((batch, len(sample)), dtype=bool)
+    owner[sample, np.arange(len(sample))] = True
+    return _left_padded(owner)
 
 
 def _left_padded(member: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

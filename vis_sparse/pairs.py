@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from .layout import LayoutError, Segment, VisualLayout
+from .packing import Coordinates
 from .plan import Neighborhood
 
 
@@ -49,23 +52,26 @@ class LanePairs:
     visual_causal: int
 
 
-def lane_pairs(layout: VisualLayout, text_tokens: int) -> LanePairs:
+def lane_pairs(layout: VisualLayout, text_tokens: int, sizes: Sequence[int] | None = None) -> LanePairs:
     """The pairs of `layout` with `text_tokens` unpadded text tokens in each sample.
 
-    Raises LayoutError if a segment starts after more text than a sample has.
+    sizes: how many tokens of each segment are left; None: all. Raises LayoutError if a segment starts after more text
+    than a sample has.
     """
     text_visual = visual_text = visual_causal = 0
-    for segment, seen in _with_visual_before(layout):
+    sizes = [segment.size for segment in layout.segments] if sizes is None else sizes
+    left = [0] * layout.batch_size
+    for (segment, seen), size in zip(_with_visual_before(layout), sizes, strict=True):
         before = segment.start - seen
         if before > text_tokens:
             raise LayoutError(
                 f"layout: got a segment of sample {segment.sample} after {before} text tokens, expected at most the "
                 f"sample's {text_tokens}"
             )
-        size = segment.size
         text_visual += size * (text_tokens - before)
         visual_text += size * before
-        visual_causal += size * seen + size * (size + 1) // 2
+        visual_causal += size * left[segment.sample] + size * (size + 1) // 2
+        left[segment.sample] += size
     text_text = layout.batch_size * text_tokens * (text_tokens + 1) // 2
     return LanePairs(text_text, text_visual, visual_text, visual_causal)
 
@@ -87,3 +93,42 @@ def near_pairs(near: Neighborhood, layout: VisualLayout) -> int:
         if grid not in counted:
             counted[grid] = neighborhood_pairs(near, *grid)
     return sum(counted[s.frames, s.height, s.width] for s in layout.segments)
+
+
+def left_pairs(near: Neighborhood, layout: VisualLayout, tokens: Coordinates) -> int:
+    """Pairs that `near` reads among `tokens`, those of `layout` that are left."""
+    total = 0
+    for index, segment in enumerate(layout.segments):
+        own = tokens.take(tokens.segment == index)
+        grid = np.zeros((segment.frames, segment.height, segment.width), dtype=bool)
+        grid[own.frame, own.y, own.x] = True
+        total += _pairs_of(near, grid)
+    return total
+
+
+def _pairs_of(near: Neighborhood, grid: np.ndarray) -> int:
+    """Pairs among the True places of one grid, by sums over boxes."""
+    sums = np.pad(grid, ((1, 0), (1, 0), (1, 0))).cumsum(0).cumsum(1).cumsum(2)
+    t, y, x = np.nonzero(grid)
+    axes = ((t, near.frames, 1), (y, near.radius, near.stride), (x, near.radius, near.stride))
+    windows = [_window(*axis, side) for axis, side in zip(axes, grid.shape)]
+
+    def box(*ranges) -> int:
+        """Keys from the first coordinate of each axis up to, not including, the second, over all queries."""
+        total = 0
+        for corner in np.ndindex(2, 2, 2):
+            places = [pair[end] for pair, end in zip(ranges, corner)]
+            total += (-1) ** (3 - sum(corner)) * int(sums[tuple(places)].sum())
+        return total
+
+    if near.direction == "both":
+        return box(*windows)
+    (first_t, _), (first_y, _), (first_x, _) = windows
+    frame, row = (t, t + 1), (y, y + 1)
+    return box((first_t, t), *windows[1:]) + box(frame, (first_y, y), windows[2]) + box(frame, row, (first_x, x + 1))
+
+
+def _window(place: np.ndarray, radius: int, stride: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """First coordinate of each query's window along an axis, and the one behind its last."""
+    block = place - place % stride
+    return np.maximum(block - radius, 0), np.minimum(block + stride + radius, side)

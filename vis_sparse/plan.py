@@ -1,6 +1,6 @@
 """Plans: what visual tokens compute, layer by layer. Data and checks; nothing here knows a model or a tensor.
 
-The four fields of a `LayerPlan` say everything (DESIGN.md section 3); every published method of this kind is a
+The five fields of a `LayerPlan` say everything (DESIGN.md section 3); every published method of this kind is a
 `VisualPlan` and nothing more. A YAML file may speak of layers by depth, so it is first a `PlanRecipe`, which
 `resolve(num_layers)` turns into a plan.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 
 DIRECTIONS = ("causal", "both")
 SEMANTICS = ("exclude", "zero")
+TOKEN_ORDERS = ("attention", "norm", "uniform", "stride", "random")
 
 
 class PlanError(ValueError):
@@ -105,6 +106,34 @@ class NeuronBudget:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenBudget:
+    """The share `keep`, in (0, 1], of a sample's visual tokens that goes on to the next layer; the others leave.
+
+    Of the tokens that came in one call and are left, `count` stay: the first ones in the order that `by` names, of
+    equal ones the earlier.
+
+    by: "attention", the largest weight in the layer's attention from the sample's last text row of the call, mean over
+    the heads (in a head that is not active the weight is 0). "norm", the largest L2 norm of the row after the layer.
+    "uniform", evenly spaced in sequence order. "stride", whole rows and columns of each grid at regular steps: those
+    steps whose share is closest to `keep`. "random", the same tokens in every call with as many (a baseline).
+    """
+
+    keep: float
+    by: str = "attention"
+
+    def __post_init__(self):
+        if isinstance(self.keep, bool) or not isinstance(self.keep, int | float) or not 0 < self.keep <= 1:
+            raise PlanError(f"tokens.keep: got {self.keep!r}, expected a share in (0, 1]")
+        object.__setattr__(self, "keep", float(self.keep))
+        if self.by not in TOKEN_ORDERS:
+            raise PlanError(f"tokens.by: got {self.by!r}, expected one of {', '.join(TOKEN_ORDERS)}")
+
+    def count(self, num_tokens: int) -> int:
+        """Number of tokens kept of `num_tokens`: rounded down, as the official codes do, but at least 1 of any."""
+        return min(num_tokens, max(1, int(num_tokens * self.keep + 1e-6)))
+
+
+@dataclass(frozen=True, slots=True)
 class HeadFile:
     """Active heads in a file: `.npy` bool array or `.safetensors` tensor `heads`, (layers, heads)."""
 
@@ -119,12 +148,14 @@ class LayerPlan:
     attention: "full", "none", or a `Neighborhood`: what a visual query reads among visual tokens.
     heads: None (all), a bool mask over query heads, a `HeadBudget`, or a `HeadFile`.
     ffn: share of the FFN neurons that visual rows use (the first ones), the neurons' indices, or a `NeuronBudget`.
+    tokens: which visual tokens go on to the next layer, a `TokenBudget`; None (also for a share of 1): all.
     """
 
     text_reads: bool = True
     attention: str | Neighborhood = "full"
     heads: tuple[bool, ...] | HeadBudget | HeadFile | None = None
     ffn: float | tuple[int, ...] | NeuronBudget = 1.0
+    tokens: TokenBudget | None = None
 
     def __post_init__(self):
         if not isinstance(self.text_reads, bool):
@@ -133,6 +164,19 @@ class LayerPlan:
             raise PlanError(f"attention: got {self.attention!r}, expected 'full', 'none' or a neighborhood")
         object.__setattr__(self, "heads", _normal_heads(self.heads))
         object.__setattr__(self, "ffn", _normal_ffn(self.ffn))
+        if not isinstance(self.tokens, TokenBudget | None):
+            raise PlanError(f"tokens: got {self.tokens!r}, expected all or {{keep: share, by: order}}")
+        if self.tokens and self.tokens.keep == 1:
+            object.__setattr__(self, "tokens", None)
+        if self.tokens and self.tokens.by == "attention" and not self._may_be_read:
+            raise PlanError(
+                "tokens.by: got attention in a layer in which text reads no visual token, expected text_reads and an "
+                "active head there (norm, uniform, stride and random need neither)"
+            )
+
+    @property
+    def _may_be_read(self) -> bool:
+        return self.text_reads and not (isinstance(self.heads, tuple) and not any(self.heads))
 
     @classmethod
     def off(cls) -> LayerPlan:
@@ -142,7 +186,7 @@ class LayerPlan:
     @property
     def is_dense(self) -> bool:
         all_heads = self.heads is None or (isinstance(self.heads, tuple) and all(self.heads))
-        return self.text_reads and self.attention == "full" and all_heads and self.ffn == 1.0
+        return self.text_reads and self.attention == "full" and all_heads and self.ffn == 1.0 and not self.tokens
 
     @property
     def updates(self) -> bool:
@@ -209,6 +253,21 @@ class VisualPlan:
             raise PlanError("layers: expected one LayerPlan a decoder layer, at least one")
         if self.semantics not in SEMANTICS:
             raise PlanError(f"semantics: got {self.semantics!r}, expected one of {', '.join(SEMANTICS)}")
+        self._check_tokens()
+
+    def _check_tokens(self) -> None:
+        budgets = [(index, layer.tokens) for index, layer in enumerate(self.layers) if layer.tokens]
+        if budgets and self.semantics == "zero":
+            raise PlanError(
+                f"layer {budgets[0][0]}: tokens: got a share to keep under semantics 'zero', expected 'exclude' "
+                "(in the official arithmetic every visual row goes on to the end)"
+            )
+        for index, budget in budgets[1:]:
+            if budget.by == "stride":
+                raise PlanError(
+                    f"layer {index}: tokens.by: got stride after tokens left in layer {budgets[0][0]}, expected whole "
+                    "grids (stride may only come first)"
+                )
 
     @property
     def num_layers(self) -> int:
@@ -308,6 +367,30 @@ class VisualPlan:
         return cls(tuple(layers), "vskip", "V-Skip, arXiv 2606.08511")
 
     @classmethod
+    def fastv(cls, num_layers: int, after: int = 2, keep: float = 0.5, by: str = "attention") -> VisualPlan:
+        """FastV (arXiv 2403.06764): the share `keep` of the visual tokens goes on after `after` layers, the paper's K.
+
+        As in the official code, the scores are the attention from the last text row in layer `after` - 1, counted from
+        0, mean over the heads, and the others are gone from layer `after` on. by: another order, to compare with.
+        """
+        _check_int("after", after, 1)
+        _check_cut("after", after, num_layers)
+        layers = (LayerPlan(tokens=TokenBudget(keep, by) if i == after - 1 else None) for i in range(num_layers))
+        return cls(tuple(layers), "fastv", "FastV, arXiv 2403.06764")
+
+    @classmethod
+    def pyramiddrop(cls, num_layers: int, keep: float = 0.5, stages: int = 4) -> VisualPlan:
+        """PyramidDrop (arXiv 2410.17247): between `stages` equal parts of the depth, `keep` of what is left goes on.
+
+        The scores are those of the layer before each cut; the official code takes the query and key weights of the
+        layer behind it.
+        """
+        _check_int("stages", stages, 1)
+        ends = {math.ceil(num_layers * stage / stages) - 1 for stage in range(1, stages)}
+        layers = (LayerPlan(tokens=TokenBudget(keep) if i in ends else None) for i in range(num_layers))
+        return cls(tuple(layers), "pyramiddrop", "PyramidDrop, arXiv 2410.17247")
+
+    @classmethod
     def from_yaml(cls, source: str | Path, num_layers: int | None = None) -> VisualPlan:
         """The plan of a YAML file or text. `num_layers` is needed when the file does not state its own."""
         from .plan_yaml import read_recipe
@@ -334,8 +417,9 @@ class PlanRecipe:
     """A plan file before the model's depth is known.
 
     entries: (layer range, changes) pairs in file order. A range is an index ("4"), indices ("2-15", inclusive), a
-    depth range ("50%-100%": the layers l with 0.5 <= l/L < 1), or one with an open end ("2-"). Changes are LayerPlan
-    fields laid over what the earlier entries gave, or a whole LayerPlan (for "off").
+    depth range ("50%-100%": the layers l with 0.5 <= l/L < 1), one with an open end ("2-"), or the last layer before a
+    depth ("<50%"). Changes are LayerPlan fields laid over what the earlier entries gave, or a whole LayerPlan (for
+    "off").
     """
 
     name: str
@@ -356,14 +440,13 @@ class PlanRecipe:
         layers = [self.default] * num_layers
         for spec, changes in self.entries:
             try:
-                indices = layer_range(spec, num_layers)
+                for index in layer_range(spec, num_layers):
+                    if isinstance(changes, LayerPlan):
+                        layers[index] = changes
+                    else:
+                        layers[index] = dataclasses.replace(layers[index], **changes)
             except PlanError as error:
                 raise PlanError(f"plan {self.name!r}: {error}") from None
-            for index in indices:
-                if isinstance(changes, LayerPlan):
-                    layers[index] = changes
-                else:
-                    layers[index] = dataclasses.replace(layers[index], **changes)
         return VisualPlan(tuple(layers), self.name, self.about, self.semantics)
 
 
@@ -374,6 +457,11 @@ def layer_range(spec: str, num_layers: int) -> range:
     """
     start_text, dash, end_text = spec.partition("-")
     try:
+        if spec.startswith("<"):
+            end = math.ceil(_depth(spec[1:], 0.0) * num_layers - 1e-6)
+            if not 0 < end <= num_layers:
+                raise ValueError
+            return range(end - 1, end)
         if "%" in spec:
             start, end = _depth(start_text, 0.0), _depth(end_text, 1.0) if dash else None
             if end is None or not 0 <= start <= end <= 1:
@@ -387,7 +475,7 @@ def layer_range(spec: str, num_layers: int) -> range:
             raise ValueError
     except ValueError:
         raise PlanError(
-            f"layers: got range {spec!r}, expected like 4, 2-15, 2-, 50%-100% or 50%- in ascending order"
+            f"layers: got range {spec!r}, expected like 4, 2-15, 2-, 50%-100%, 50%- or <50% in ascending order"
         ) from None
     if end >= num_layers:
         raise PlanError(f"layers: got range {spec!r}, expected layers 0 to {num_layers - 1}")

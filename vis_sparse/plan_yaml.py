@@ -17,6 +17,7 @@ from .plan import (
     NeuronBudget,
     PlanError,
     PlanRecipe,
+    TokenBudget,
     VisualPlan,
     layer_range,
 )
@@ -131,6 +132,8 @@ def _changes(value, where: str) -> dict | LayerPlan:
         changes["heads"] = _heads(changes["heads"], where)
     if "ffn" in changes:
         changes["ffn"] = _ffn(changes["ffn"], where)
+    if "tokens" in changes:
+        changes["tokens"] = _tokens(changes["tokens"], where)
     try:
         LayerPlan(**changes)
     except PlanError as error:
@@ -176,6 +179,20 @@ def _ffn(value, where: str):
     return tuple(value) if isinstance(value, list) else value
 
 
+def _tokens(value, where: str):
+    if value is None or value == "all":
+        return None
+    if not isinstance(value, dict):
+        return value
+    _known(value, ("keep", "by"), f"{where}: tokens")
+    if "keep" not in value:
+        raise PlanError(f"{where}: tokens: keep is missing")
+    try:
+        return TokenBudget(**value)
+    except PlanError as error:
+        raise PlanError(f"{where}: {error}") from None
+
+
 def write_plan(plan: VisualPlan) -> str:
     """`plan` as YAML text, runs of equal layers written once."""
     entries = {}
@@ -201,9 +218,10 @@ def _layer_dict(layer: LayerPlan) -> dict:
         heads = dataclasses.asdict(heads)
     if isinstance(ffn, NeuronBudget):
         ffn = dataclasses.asdict(ffn)
-    return {
+    fields = {
         "text_reads": layer.text_reads,
         "attention": attention,
         "heads": "all" if heads is None else list(heads) if isinstance(heads, tuple) else heads,
         "ffn": list(ffn) if isinstance(ffn, tuple) else ffn,
     }
+    return fields if layer.tokens is None else fields | {"tokens": dataclasses.asdict(layer.tokens)}

@@ -98,9 +98,9 @@ def roofline(
     if cost.decode is None:
         raise PlanError(f"device: got convention {cost.convention!r}, expected executed")
     work = schedule(plan, shape.heads, shape.kv_heads, shape.ffn)
-    visual, text = cost.visual_tokens, cost.text_tokens
-    prefill = [_layer_values(shape, item, visual, text, text, visual) for item in work]
-    decode = [_layer_values(shape, item, 0, cost.batch, text + cost.batch, visual) for item in work]
+    text, layers = cost.text_tokens, list(zip(work, cost.visual_left, strict=True))
+    prefill = [_layer_values(shape, item, visual, text, text, visual) for item, visual in layers]
+    decode = [_layer_values(shape, item, 0, cost.batch, text + cost.batch, visual) for item, visual in layers]
     passes = ((cost.prefill, prefill), (cost.decode, decode))
     bounds = (_pass_bound(shape, counted, values, cost.batch, device, value_bytes) for counted, values in passes)
     return Roofline(plan.name, device, *bounds)

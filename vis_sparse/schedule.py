@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .plan import LayerPlan, Neighborhood, PlanError, VisualPlan
+from .plan import LayerPlan, Neighborhood, PlanError, TokenBudget, VisualPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,7 @@ class LayerWork:
     reads: text queries see the visual keys of `key_heads` (in "zero" semantics also when every value is zeroed).
     stores: the visual K/V go into the cache.
     neurons: FFN neurons of visual rows, a count of first ones or indices; 0 if they skip the FFN.
+    tokens: which visual rows go on to the next layer; None if all do, or if no later layer reads them anyway.
     """
 
     query_heads: tuple[int, ...]
@@ -29,6 +30,7 @@ class LayerWork:
     reads: bool
     stores: bool
     neurons: int | tuple[int, ...]
+    tokens: TokenBudget | None = None
 
     @property
     def updates(self) -> bool:
@@ -71,7 +73,8 @@ def _exclude(layer, heads, group, num_kv_heads, ffn_size, needed) -> LayerWork:
     # a later segment's full attention reads this one's keys, in whatever call it comes
     stores = reads or (bool(query_heads) and layer.attention == "full")
     neurons = layer.neurons(ffn_size) if needed else 0
-    return LayerWork(query_heads, key_heads, heads, layer.attention, reads, stores, neurons)
+    tokens = layer.tokens if needed else None
+    return LayerWork(query_heads, key_heads, heads, layer.attention, reads, stores, neurons, tokens)
 
 
 def _zero(layer, heads, group, num_kv_heads, ffn_size, needed) -> LayerWork:

@@ -11,7 +11,7 @@ import vis_sparse
 from vis_sparse.plan import VisualPlan
 
 from .. import oracle
-from ..models import random_plan
+from ..models import dropping, random_plan
 from .cases import CASES, LAYERS, Case
 from .scenarios import SCENARIOS, Request, Scenario, make_request
 
@@ -75,11 +75,14 @@ def assert_ran_in_lanes(model, request: Request) -> None:
     assert (last is not None) == bool(request.layout.segments)
 
 
-def oracle_error(case: Case, scenario: Scenario, semantics: str = "exclude") -> float:
-    """Patched under a random plan against the oracle, float64: largest difference over the largest value."""
+def oracle_error(case: Case, scenario: Scenario, semantics: str = "exclude", drops: bool = False) -> float:
+    """Patched under a random plan against the oracle, float64: largest difference over the largest value.
+
+    drops: a plan under which tokens leave.
+    """
     request = make_request(case, scenario, torch.float64)
     number = CASES.index(case) * len(SCENARIOS) + list(SCENARIOS.values()).index(scenario)
-    plan = random_plan(1000 + number, semantics)
+    plan = dropping(1000 + number) if drops else random_plan(1000 + number, semantics)
     with vis_sparse.patched(model_of(case, torch.float64, "patched"), plan) as model:
         actual = answer(model, scenario, request)
         assert_ran_in_lanes(model, request)
@@ -95,9 +98,11 @@ def _by_oracle(case, scenario, request, plan, tokens):
     """What the oracle computes of prompt and given tokens in one pass."""
     reference = model_of(case, torch.float64, "unpatched")
     call = text_call(reference, request.inputs, generates=scenario.run != "prefill")
+    cuts = [call.embeds.shape[1]]
     if tokens is not None:
         call = call.followed_by(reference, tokens)
-    logits = oracle.logits(reference, plan, request.layout, call.embeds, call.mask, call.positions, call.added)
+    given = (call.embeds, call.mask, call.positions, call.added, cuts)
+    logits = oracle.logits(reference, plan, request.layout, *given)
     if tokens is None:
         return logits
     logits = logits[:, -1 - tokens.shape[1] : -1]

@@ -35,6 +35,12 @@ def test_random_plan_is_the_oracle(case, scenario, semantics):
     assert oracle_error(case, scenario, semantics) <= 1e-5
 
 
+@every_cell
+@torch.no_grad()
+def test_plan_under_which_tokens_leave_is_the_oracle(case, scenario):
+    assert oracle_error(case, scenario, drops=True) <= 1e-5
+
+
 every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 
 

@@ -8,7 +8,7 @@ import torch
 from vis_sparse.kernels import reference
 from vis_sparse.kernels.patterns import TextPattern, VisualPattern
 from vis_sparse.layout import VisualLayout
-from vis_sparse.packing import Packing, pack
+from vis_sparse.packing import Packing, pack, places_of
 from vis_sparse.plan import Neighborhood
 
 CPU = torch.device("cpu")
@@ -37,19 +37,26 @@ PATTERNS = {
 }
 
 
-def packing(name: str) -> Packing:
+def packing(name: str, thinned: bool = False) -> Packing:
+    """thinned: after about two of three visual tokens left, as the layers behind see the rest."""
     grids, length = LAYOUTS[name]
-    return pack(VisualLayout.from_grids(grids), length)
+    packed = pack(VisualLayout.from_grids(grids), length)
+    if not thinned:
+        return packed
+    stays = np.random.default_rng(0).random(packed.num_visual) < 0.35
+    stays[0] = True
+    left = packed.keep(np.flatnonzero(stays))
+    return left.moved(places_of(left.slots(), length))
 
 
-def visual_pattern(layout: str, attention, device=CPU) -> VisualPattern:
-    packed = packing(layout)
+def visual_pattern(layout: str, attention, device=CPU, thinned: bool = False) -> VisualPattern:
+    packed = packing(layout, thinned)
     return VisualPattern(attention, packed.visual, packed.slots(), device)
 
 
-def text_pattern(layout: str, blind=None, queries: int | None = None, device=CPU) -> TextPattern:
+def text_pattern(layout: str, blind=None, queries: int | None = None, device=CPU, thinned: bool = False) -> TextPattern:
     """All text rows of the layout, or the last `queries` columns of every sample, as decoding asks for them."""
-    packed = packing(layout)
+    packed = packing(layout, thinned)
     columns = packed.text_columns
     if queries is not None:
         columns = np.broadcast_to(np.arange(packed.length - queries, packed.length), (packed.batch, queries))

@@ -35,6 +35,17 @@ def test_visual(layout, pattern, heads):
     assert max(found.values()) <= 1e-5, found
 
 
+@pytest.mark.parametrize("layout", ["ragged", "frames", "1x1"])
+def test_visual_tokens_that_are_left(layout):
+    for attention in ("full", PATTERNS["near"]):
+        pattern = visual_pattern(layout, attention, thinned=True)
+        found = errors(triton_backend, pattern, inputs(pattern, 3, 1, 16))
+        assert max(found.values()) <= 1e-5, (attention, found)
+    pattern = text_pattern(layout, BLIND["some"], thinned=True)
+    found = errors(triton_backend, pattern, inputs(pattern, 3, 1, 16))
+    assert max(found.values()) <= 1e-5, found
+
+
 @pytest.mark.parametrize("layout, blind", TEXTS)
 def test_text(layout, blind):
     pattern = text_pattern(layout, BLIND[blind])

@@ -53,18 +53,19 @@ def test_auto_with_a_gpu_keeps_other_tensors_on_torch(monkeypatch):
     assert torch.equal(backend.visual_attention(*tensors, pattern, 1.0), expected)
 
 
+@pytest.mark.parametrize("thinned", [False, True], ids=["whole", "thinned"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", [tiled, flex], ids=["torch", "flex"])
-def test_backends_are_the_reference(backend, layout):
+def test_backends_are_the_reference(backend, layout, thinned):
     """Forward and gradients; of FlexAttention, which has none on a CPU, the eager forward."""
     exact = {"gradients": False} if backend is flex else {}
     dtype = torch.float64 if backend is flex else torch.float32
     for attention in PATTERNS.values():
-        pattern = visual_pattern(layout, attention)
+        pattern = visual_pattern(layout, attention, thinned=thinned)
         found = errors(backend, pattern, inputs(pattern, 4, 2, 8, dtype), **exact)
         assert max(found.values()) <= 1e-5, (attention, found)
     for blind in (None, BLIND):
-        pattern = text_pattern(layout, blind)
+        pattern = text_pattern(layout, blind, thinned=thinned)
         found = errors(backend, pattern, inputs(pattern, 3, 1, 8, dtype), **exact)
         assert max(found.values()) <= 1e-5, (blind, found)
 

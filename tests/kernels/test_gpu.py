@@ -17,7 +17,8 @@ HALF = [torch.float16, torch.bfloat16]
 
 
 def patterns(layout):
-    yield from (visual_pattern(layout, attention, GPU) for attention in PATTERNS.values())
+    for thinned in (False, True):
+        yield from (visual_pattern(layout, attention, GPU, thinned) for attention in PATTERNS.values())
     yield from (
         text_pattern(layout, blind, queries, GPU) for blind in (None, (True, False) * 2) for queries in (None, 1)
     )

@@ -59,6 +59,7 @@ def show_command(
     rows = [
         {
             "layer": index,
+            "visual_tokens": left,
             "text_reads": layer.text_reads,
             "attention": _attention_data(layer.attention),
             "heads": _head_count(layer, shape),
@@ -66,8 +67,8 @@ def show_command(
             "dense_flops": before.total,
             "flops": after.total,
         }
-        for index, (layer, before, after) in enumerate(
-            zip(chosen.layers, dense.prefill.layers, cost.prefill.layers, strict=True)
+        for index, (layer, left, before, after) in enumerate(
+            zip(chosen.layers, cost.visual_left, dense.prefill.layers, cost.prefill.layers, strict=True)
         )
     ]
     data = {
@@ -133,14 +134,17 @@ def _draw(
 ) -> None:
     console.print(Text(plan.name, style="bold") + Text(f" on {shape.name}: {plan.about}", style="not bold"))
     left = ("read", "attention", "heads", "FFN", "")
-    table = tight_table("layer", "read", "attention", "heads", "FFN", "dense", "plan", "", left=left)
+    drops = len(set(cost.visual_left)) > 1  # no room for both: the dense FLOPs are the same in all layers
+    table = tight_table(
+        "layer", "read", "attention", "heads", "FFN", "tokens" if drops else "dense", "plan", "", left=left
+    )
     for row, layer, item in zip(rows, plan.layers, work, strict=True):
         share = row["flops"] / row["dense_flops"] if row["dense_flops"] else 0.0
         table.add_row(
             str(row["layer"]),
             Text("● text", style="magenta") if layer.text_reads else _NOTHING,
             *_work_cells(row, layer, item, shape),
-            human(row["dense_flops"]),
+            str(row["visual_tokens"]) if drops else human(row["dense_flops"]),
             human(row["flops"]),
             bar(share, 8, "red") + Text(f" {share:4.0%}"),
         )

@@ -145,6 +145,13 @@ class Tiles:
         return sum(group.pairs for group in self.groups)
 
 
+def _on_grid(tokens: Coordinates, values: np.ndarray) -> np.ndarray:
+    """One segment's values at the places of its tokens, (frames, height, width); -1 where tokens have left."""
+    grid = np.full((tokens.frame.max() + 1, tokens.height[0], tokens.width[0]), -1)
+    grid[tokens.frame, tokens.y, tokens.x] = values
+    return grid
+
+
 class VisualPattern(_Pattern):
     """What the visual queries of one call read, as tables that each backend takes in its own form.
 
@@ -154,6 +161,13 @@ class VisualPattern(_Pattern):
 
     def __init__(self, attention: str | Neighborhood, query: Coordinates, slots: Coordinates, device: torch.device):
         self.attention, self.query, self.slots, self.device = attention, query, slots, device
+
+    @cached_property
+    def has_whole_grids(self) -> bool:
+        """Whether no token of a segment has left."""
+        _, first, counts = np.unique(self.query.segment, return_index=True, return_counts=True)
+        rows = (self.query.height * self.query.width)[first]
+        return bool((counts % rows == 0).all() and (self.query.frame[first + counts - 1] == counts // rows - 1).all())
 
     @cached_property
     def dense_mask(self) -> Mask:
@@ -212,8 +226,8 @@ class VisualPattern(_Pattern):
             seen = self.slots.take(first.sample)
             text = flat[first.sample][seen.valid & ~seen.is_visual & (seen.column < first.column)]
             own = flat[first.sample][seen.valid & (seen.segment == segment)]
-            shape = (len(rows) // (first.height * first.width), first.height, first.width)
-            boxes += self._segment_boxes(rows.reshape(shape), own.reshape(shape), text, sides)
+            grids = (_on_grid(self.query.take(rows), rows), _on_grid(seen.take(own - flat[first.sample][0]), own))
+            boxes += self._segment_boxes(*grids, text, sides)
         return boxes
 
     def _segment_boxes(self, rows, own, text, sides):
@@ -230,7 +244,9 @@ class VisualPattern(_Pattern):
                     x_end = min(x + sides[1], width)
                     left, right = window(near, np.array([x, x_end - 1]), width)
                     box = own[frames, max(low[0], 0) : last, max(left[0], 0) : right[1] + 1]
-                    yield rows[t, y:y_end, x:x_end].ravel(), np.concatenate([text, box.ravel()])
+                    queries = rows[t, y:y_end, x:x_end]
+                    if (queries >= 0).any():
+                        yield queries[queries >= 0], np.concatenate([text, box[box >= 0]])
 
     def _tile_sides(self) -> tuple[int, int]:
         """Height and width of the tiles, the cheapest over all segments by pairs computed and key rows fetched."""

@@ -7,7 +7,7 @@ import torch
 
 from ..packing import on_device
 from ..plan import Neighborhood
-from . import triton_ops, tuning
+from . import tiled, triton_ops, tuning
 from .patterns import TextPattern, VisualPattern
 from .tables import key_blocks, key_tiles, near_tables, run_tables
 
@@ -34,6 +34,8 @@ def visual_attention(
     """As `reference.visual_attention`."""
     if not isinstance(pattern.attention, Neighborhood):
         return _runs(query, key, value, pattern, scale, None, query.shape[0])
+    if not pattern.has_whole_grids:  # the kernels find neighbours by place in the grid
+        return tiled.visual_attention(query, key, value, pattern, scale)
     query, key, value = _checked(query, key, value)
     (_, heads, head_dim), kv_heads = query.shape, key.shape[2]
     size, near = query.element_size(), pattern.attention

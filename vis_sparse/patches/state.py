@@ -150,7 +150,7 @@ class PatchState:
         # the first run of a call builds the tables that its backend needs, which no compiler should look into
         run = LaneExecutor.run if call.has_run else _run_eagerly
         hidden = run(self.executor, inputs_embeds, cos, sin, call, layers, collected, added)
-        call.has_run = True
+        call.has_run = not self.executor.drops  # where tokens leave, a call has tables of its own
         hidden = self.executor.decoder.norm(hidden)
         self.last = LastCall(layout, length, past, call.num_text // batch)
         output = BaseModelOutputWithPast(
@@ -193,7 +193,9 @@ class PatchState:
             column = np.broadcast_to(np.arange(past), (batch, past))
             sample = np.broadcast_to(np.arange(batch)[:, None], column.shape)
             valid = np.ones(column.shape, dtype=bool) if mask is None else mask[:, :past]
-            layers[0].book.append(text_coordinates(sample, column, valid), past)
+            for layer in layers:
+                if layer.leads:
+                    layer.book.append(text_coordinates(sample, column, valid), past)
             self.executor.adopt([(layer.keys, layer.values) for layer in cache.layers], layers)
         cache.layers = layers
         return layers
@@ -205,11 +207,12 @@ class PatchState:
         call = self._calls.get(key)
         if call is None:
             packing = pack(layout, length, past, None if mask is None else mask[:, past:])
+            self.executor.check(packing)
             book = self.executor.new_cache_layers(layout.batch_size)[0].book
             if cache_layers is not None:
                 book = cache_layers[0].book
             book.append(packing.slots(), length)
-            call = Call(packing, _masked(book.slots, mask), _masked(book.text_slots(), mask), device)
+            call = Call.over(packing, book, mask, device)
             if key is not None:
                 if len(self._calls) >= _KEPT_CALLS:
                     self._calls.pop(next(iter(self._calls)))
@@ -250,12 +253,6 @@ def _host_mask(attention_mask, columns: int) -> np.ndarray | None:
         )
     mask = attention_mask.cpu().numpy().astype(bool)
     return None if mask.all() else mask
-
-
-def _masked(slots, mask: np.ndarray | None):
-    if mask is None:
-        return slots
-    return slots._replace(valid=slots.valid & mask[slots.sample, slots.column])
 
 
 def _check_supported(config, attention_mask, cache, kwargs) -> None:

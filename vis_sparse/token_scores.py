@@ -1,0 +1,33 @@
+"""The scores by which visual tokens go on or leave: one number a token, never an attention matrix."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+def attention_received(
+    query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | None, heads: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """The share of each sample's query that every key slot gets, mean over the heads, (batch, slots).
+
+    query (batch, heads, head_dim), one row a sample; key (batch, slots, kv_heads, head_dim); allowed: (batch, slots)
+    bool, the slots that are read, None for all; heads: those that count, None for all.
+    """
+    grouped = query.unflatten(1, (key.shape[2], -1))
+    scores = torch.einsum("bkgd,bskd->bkgs", grouped, key).flatten(1, 2)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed[:, None], -torch.inf)
+    shares = scores.softmax(-1)
+    return (shares if heads is None else shares.index_select(1, heads)).mean(1)
+
+
+def norms(rows: torch.Tensor) -> torch.Tensor:
+    """L2 norms of rows (n, d), in fp32 at least."""
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.promote_types(rows.dtype, torch.float32))
+
+
+def on_host(scores: torch.Tensor) -> np.ndarray:
+    """Scores as an array: the one wait for the device. Where there are no values (meta device), all are equal."""
+    return np.zeros(scores.shape) if scores.is_meta else scores.cpu().numpy()
