@@ -2,27 +2,38 @@
 
 import base64
 import csv
+import json
+import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
 import vis_sparse
-from vis_sparse.calibration import calibrate
-from vis_sparse.calibration.front import described, pareto, write_front
+from vis_sparse.calibration import calibrate, times
+from vis_sparse.calibration.chains import chains
+from vis_sparse.calibration.front import Point, described, pareto, write_front
+from vis_sparse.calibration.log import Log
+from vis_sparse.calibration.meter import Meter
+from vis_sparse.calibration.moves import Moves
 from vis_sparse.calibration.probe import Probe
 from vis_sparse.calibration.profiles import Target
+from vis_sparse.calibration.records import SampleError
 from vis_sparse.calibration.report import write_report
 from vis_sparse.calibration.samples import answer_rows
-from vis_sparse.calibration.search import Point, search_front
+from vis_sparse.calibration.search import OBJECTIVES, _exchange, best_within, search_front
+from vis_sparse.cli.main import app
 from vis_sparse.cost import flops
+from vis_sparse.eval.tiny import checkpoint
 from vis_sparse.plan import LayerPlan, Neighborhood, PlanError, VisualPlan, with_layer
-from vis_sparse.shapes import shape_of
+from vis_sparse.shapes import load_shape, shape_of
 
 from .models import IMAGE, LAYERS, make_model, random_plan
-from .test_calibration import make_sample, make_samples
+from .test_calibration import launch, make_sample, make_samples
 
 DROPPED = VisualPlan((LayerPlan(), LayerPlan(attention=Neighborhood(1), ffn=0.5), LayerPlan.off()))
 
@@ -52,6 +63,12 @@ def divergence(model, samples, plan):
             reduced = answer_log_probs(model, sample)
         total += float((dense.exp() * (dense - reduced)).sum(-1).mean())
     return total / len(samples)
+
+
+def flops_of(call):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("batch", [1, 16])
@@ -87,8 +104,8 @@ def test_accuracy_is_of_whole_answers(model):
 def test_the_way_to_a_budget_is_measured_and_counted(model, samples):
     points = list(search_front(model, samples, budget=0.3))
     costs = [point.cost for point in points]
-    assert costs[0] == 1 and costs == sorted(costs, reverse=True) and len(set(costs)) == len(costs)
-    assert costs[-1] <= 0.3 < costs[-2]
+    way = costs[: 1 + next(index for index, cost in enumerate(costs) if cost <= 0.3)]
+    assert way[0] == 1 and way == sorted(way, reverse=True) and len(set(way)) == len(way) > 3
     probe, shape = Probe(Target.of(model), samples), shape_of(model)
     middle = int(np.argsort(probe.lengths, kind="stable")[len(samples) // 2])
     layout = probe.layouts[middle]
@@ -99,8 +116,99 @@ def test_the_way_to_a_budget_is_measured_and_counted(model, samples):
 
     for point in points:
         assert point.cost == visual(point.plan) / visual(VisualPlan.dense(LAYERS))
-        assert point.kl == pytest.approx(probe.divergence(point.plan), rel=1e-4, abs=1e-7)
-    assert vis_sparse.search(model, samples, budget=0.3) == points[-1].plan
+        kl, accuracy = probe.measure(point.plan)
+        assert point.kl == pytest.approx(kl, rel=1e-4, abs=1e-7) and point.accuracy == accuracy
+    assert vis_sparse.search(model, samples, budget=0.3) == best_within(points, 0.3).plan
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.6])
+def test_no_published_method_does_better_within_the_budget(model, samples, budget):
+    points = list(search_front(model, samples, budget=budget))
+    best, probe = best_within(points, budget), Probe(Target.of(model), samples)
+    scores, kv_heads = calibrate(model, samples).heads, shape_of(model).kv_heads
+    methods = chains(scores, kv_heads, probe.divergence)
+    assert set(methods) == {"YOPO, uniform", "VTW", "ViCA", "ShortV", "V-Skip"}
+    costs = {point.plan.layers: point.cost for point in points}
+    rivals = [plan for plans in methods.values() for plan in plans if costs[plan.layers] <= budget]
+    assert len(rivals) > 10
+    assert best.kl <= min(map(probe.divergence, rivals)) + 1e-6
+
+
+def test_an_exchange_ends_where_no_pair_of_moves_helps(model, samples):
+    """From a poor plan within the budget to one that no single move improves."""
+    probe = Probe(Target.of(model), samples)
+    meter = Meter(probe, lambda plan: sum(len(work.key_heads) + bool(work.neurons) for work in probe.work(plan)), Log())
+    moves = Moves(calibrate(model, samples), 4)
+    poor = meter(VisualPlan((LayerPlan.off(), LayerPlan(attention="none"), LayerPlan(ffn=0.0))))
+    found = list(_exchange(meter, moves, OBJECTIVES["kl"], poor, 0.7))
+    losses = [poor.kl, *(point.kl for point in found)]
+    assert len(losses) > 2 and losses == sorted(losses, reverse=True) and losses[-1] < poor.kl / 2
+    assert all(point.cost <= 0.7 for point in found)
+    for move in moves.of(found[-1].plan):
+        plan = with_layer(found[-1].plan, *move)
+        assert meter.cost(plan) > 0.7 or probe.divergence(plan) > losses[-1] - 2e-5
+
+
+def test_moves_go_both_ways(model, samples):
+    moves = Moves(calibrate(model, samples), 4)
+    dense, off = VisualPlan.dense(LAYERS), VisualPlan((LayerPlan.off(),) * LAYERS)
+    down, up = list(moves.of_layer(dense, 1)), list(moves.of_layer(off, 1))
+    assert LayerPlan.off() in down and LayerPlan(attention="none", ffn=0.0) in down
+    assert LayerPlan() in up and LayerPlan(attention="none", ffn=0.0) in up
+    for layer, options in ((LayerPlan(), down), (LayerPlan.off(), up)):
+        assert layer not in options and len(set(options)) == len(options)
+    important = np.argsort(-calibrate(model, samples).neurons[1])[:12]
+    assert LayerPlan(ffn=tuple(sorted(important.tolist()))) in down
+
+
+def test_a_killed_search_goes_on_to_the_same_points(tmp_path):
+    assert launch("search", tmp_path / "a", 4).returncode == -signal.SIGKILL
+    before = (tmp_path / "a.log").read_text()
+    (tmp_path / "a.log").write_text(before[:-7])  # and its last line cut off
+    for name in ("a", "b"):
+        assert launch("search", tmp_path / name).returncode == 0
+    assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text()
+    known = before.splitlines()[:-1]
+    assert len(known) > 20 and (tmp_path / "a.log").read_text().splitlines()[: len(known)] == known
+
+
+def test_a_search_takes_what_its_log_holds(model, samples, tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    first = list(search_front(model, samples[:2], budget=0.5, log=log))
+    monkeypatch.setattr(Probe, "measure", None)  # nothing is measured again
+    assert list(search_front(model, samples[:2], budget=0.5, log=log)) == first
+    with pytest.raises(SampleError, match="log: .* is of a search with another samples"):
+        next(search_front(model, samples[:3], log=log))
+    with pytest.raises(SampleError, match="log: .* is of a search with another weights"):
+        next(search_front(make_model("llama-gqa", seed=1), samples[:2], log=log))
+    log.write_text("no log")
+    with pytest.raises(SampleError, match="log: .*: expected a file that a search wrote"):
+        next(search_front(model, samples[:2], log=log))
+
+
+def test_the_time_of_a_plan_is_that_of_its_layers(model, samples, monkeypatch):
+    """With a clock that counts FLOPs: the sum over layers is what the whole decoder runs."""
+    runs = []
+    monkeypatch.setattr(times, "_timed", lambda call: runs.append(call) or flops_of(call))
+    probe = Probe(Target.of(model), samples[:1])
+    seconds = times.LayerTimes(probe, Log())
+    batch = probe._batches[0]
+    for plan in (VisualPlan.dense(LAYERS), DROPPED, VisualPlan.vica(LAYERS, [0, 2])):
+        executor = probe._executor(plan, 0)
+
+        def decoder(executor=executor):
+            executor.run(batch.states[0], batch.cos, batch.sin, batch.call)
+
+        assert seconds(plan) == pytest.approx(flops_of(decoder), rel=1e-9)
+    measured = len(runs)
+    seconds(DROPPED)
+    assert len(runs) == measured
+
+
+def test_a_budget_of_time_is_met(model, samples, monkeypatch):
+    monkeypatch.setattr(times, "_timed", flops_of)
+    points = list(search_front(model, samples[:2], budget=0.7, cost="time", time_limit=0))
+    assert points[0].cost == 1 and points[-1].cost <= 0.7
 
 
 def test_a_step_is_the_cheapest_loss_for_what_it_saves(model, samples):
@@ -138,7 +246,7 @@ def test_other_costs_and_objectives(model, samples):
     ("settings", "message"),
     [
         ({"budget": 0}, "budget: got 0, expected a share"),
-        ({"cost": "time"}, "cost: got 'time', expected one of visual, prefill, kv"),
+        ({"cost": "bytes"}, "cost: got 'bytes', expected one of visual, prefill, kv, time"),
         ({"objective": "loss"}, "objective: got 'loss', expected one of kl, accuracy"),
         ({"budget": 0.01, "cost": "prefill"}, "budget: got 0.01, expected at least 0"),
     ],
@@ -164,6 +272,19 @@ def test_samples_of_different_pixels_are_separate_calls(model):
     assert Probe(Target.of(model), samples).divergence(DROPPED) == pytest.approx(
         divergence(model, samples, DROPPED), rel=1e-4
     )
+
+
+def test_the_command_meets_a_budget_of_cached_bytes(tmp_path):
+    out = tmp_path / "plan.yaml"
+    arguments = ["--data", "tiny-train", "--samples", "4", "--cost", "kv", "--budget", "0.5", "--time-limit", "0s"]
+    command = ["search", "--model", str(checkpoint()), *arguments, "--out", str(out), "--json", "-"]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 0 and [path.name for path in tmp_path.iterdir()] == ["plan.yaml"]
+    plan, shape = VisualPlan.from_yaml(out), load_shape(str(checkpoint()))
+    cached, dense = (flops(shape, each).kv_visual_bytes for each in (plan, "dense"))
+    assert 0 < cached <= dense / 2
+    front = json.loads(result.stdout)["front"]
+    assert front[0]["cost"] == 1 and front[-1]["cost"] == cached / dense
 
 
 def test_the_page_holds_its_pictures(model, samples, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from functools import reduce
 
 import torch
 from torch import nn
@@ -28,6 +30,11 @@ def of_sample(sample: dict, before: str = "") -> str:
             digest.update(name.encode())
             digest.update(_bytes(sample[name]))
     return digest.hexdigest()
+
+
+def of_samples(samples: Iterable[dict]) -> str:
+    """Hex digest of samples in their order."""
+    return reduce(lambda before, sample: of_sample(sample, before), samples, "")
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

@@ -1,12 +1,27 @@
-"""The Pareto front of a search in a folder: `front.csv`, and one plan file a point."""
+"""Points of a search, and their Pareto front in a folder: `front.csv`, and one plan file a point."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from .search import Point
+from ..plan import VisualPlan
+
+
+@dataclass(frozen=True)
+class Point:
+    """A plan, its cost as a share of the dense model's, and what was measured on the samples.
+
+    kl: KL(dense || plan) of the answers' tokens in nats, mean over samples. accuracy: share of the samples whose whole
+    answer is the likeliest.
+    """
+
+    plan: VisualPlan
+    cost: float
+    kl: float
+    accuracy: float
 
 
 def pareto(points: Iterable[Point]) -> list[Point]:

@@ -7,7 +7,7 @@ one up to a layer starts there.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +16,11 @@ import torch
 from ..cache import Book
 from ..call import Call
 from ..kernels import get_backend
-from ..lanes import LaneExecutor
+from ..lanes import LaneExecutor, LaneLayer
 from ..layout import VisualLayout
 from ..packing import pack
-from ..plan import LayerPlan, Neighborhood, VisualPlan, with_layer
+from ..plan import LayerPlan, Neighborhood, PlanError, VisualPlan, with_layer
+from ..schedule import LayerWork, schedule
 from .profiles import Target, arguments_of, hooked
 from .samples import NO_LABEL
 
@@ -110,42 +111,63 @@ class Probe:
 
     def _executor(self, plan: VisualPlan, start: int) -> LaneExecutor:
         decoder = dataclasses.replace(self.target.decoder, layers=self.target.decoder.layers[start:])
-        return LaneExecutor(decoder, plan.replace(layers=plan.layers[start:]), self.backend)
+        executor = LaneExecutor(decoder, plan.replace(layers=plan.layers[start:]), self.backend)
+        if executor.drops:
+            raise PlanError(
+                f"plan {plan.name!r}: tokens: got a plan under which visual tokens leave, expected one that keeps them "
+                "all (the probe goes on from states of every visual row)"
+            )
+        return executor
+
+    def work(self, plan: VisualPlan) -> tuple[LayerWork, ...]:
+        """What the layers compute under `plan`."""
+        decoder = self.target.decoder
+        return schedule(plan, decoder.num_heads, decoder.num_kv_heads, decoder.ffn_size)
+
+    def layer_call(self, work: LayerWork) -> Callable[[], object]:
+        """One run of a layer that computes `work`, on the first batch."""
+        decoder, batch = self.target.decoder, self._batches[0]
+        layer = LaneLayer(decoder.layers[0], work, decoder, False, self.backend)
+        x, cos, sin = batch.call.split(batch.states[0], batch.cos, batch.sin)
+        return lambda: layer(x.clone(), batch.call, cos, sin)
 
     def first_change(self, plan: VisualPlan) -> int:
-        """The first layer in which `plan` differs from the current plan; the number of layers if in none."""
-        pairs = enumerate(zip(plan.layers, self.plan.layers, strict=True))
+        """The first layer that computes something else than under the current plan; the number of layers if none."""
+        pairs = enumerate(zip(self.work(plan), self.work(self.plan), strict=True))
         return next((index for index, (new, old) in pairs if new != old), plan.num_layers)
 
     @torch.no_grad()
-    def logits(self, plan: VisualPlan) -> Iterator[torch.Tensor]:
-        """fp32 logits (rows, vocabulary) of the answers under `plan`, batch after batch. Heads must be masks.
-
-        Visual rows that the current plan stops computing are not there for a plan that needs them later.
-        """
+    def logits(self, plan: VisualPlan, every: int = 1) -> Iterator[torch.Tensor]:
+        """fp32 logits (rows, vocabulary) of the answers under `plan` in every so manieth batch. Heads must be masks."""
         start = self.first_change(plan)
         executor = self._executor(plan, start) if start < plan.num_layers else None
-        for batch in self._batches:
+        for batch in self._batches[::every]:
             hidden = batch.states[start]
             if executor is not None:
                 hidden = executor.run(hidden, batch.cos, batch.sin, batch.call, added=batch.added[start:])
             yield self._logits(batch, hidden)
 
-    def divergence(self, plan: VisualPlan) -> float:
-        """KL(dense || plan) of the next-token distributions at the answers' rows: mean over samples, nats."""
-        total = 0.0
-        for batch, dense, logits in zip(self._batches, self._dense, self.logits(plan), strict=True):
+    def measure(self, plan: VisualPlan, every: int = 1) -> tuple[float, float]:
+        """(divergence, accuracy) of a plan, means over the samples of every so manieth batch.
+
+        KL(dense || plan) of the next-token distributions at the answers' rows, in nats; share of the samples whose
+        answer's tokens are all the likeliest ones (given those before them).
+        """
+        total, right, samples = 0.0, 0, 0
+        triples = zip(self._batches[::every], self._dense[::every], self.logits(plan, every), strict=True)
+        for batch, dense, logits in triples:
             rows = torch.nn.functional.kl_div(logits.log_softmax(-1), dense, reduction="none", log_target=True).sum(-1)
             total += float((rows * batch.weights).sum())
-        return total / self.num_samples
-
-    def accuracy(self, plan: VisualPlan) -> float:
-        """Share of the samples whose answer's tokens are all the likeliest ones (given those before them)."""
-        right = 0
-        for batch, logits in zip(self._batches, self.logits(plan), strict=True):
             wrong = batch.rows[0][logits.argmax(-1) != batch.labels]
             right += batch.call.batch - len(wrong.unique())
-        return right / self.num_samples
+            samples += batch.call.batch
+        return total / samples, right / samples
+
+    def divergence(self, plan: VisualPlan) -> float:
+        return self.measure(plan)[0]
+
+    def accuracy(self, plan: VisualPlan) -> float:
+        return self.measure(plan)[1]
 
     @torch.no_grad()
     def adopt(self, plan: VisualPlan) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from .records import SampleError
+from .whole_file import replaced
 
 _SAVE_SECONDS = 10.0
 _SUM, _COUNT = "sum/", "count/"
@@ -20,15 +20,13 @@ _FACTS = "vis_sparse"
 
 
 def write_tensors(path: str | Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write a safetensors file at once: an interruption leaves the old file, or none.
+    """Write a safetensors file whole or not at all.
 
     The metadata is one JSON text: safetensors writes several entries in any order, and equal runs give equal files.
     """
-    path = Path(path)
-    new = path.with_name(path.name + ".new")
     facts = {_FACTS: json.dumps(metadata, sort_keys=True)}
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, new, facts)
-    os.replace(new, path)
+    with replaced(path) as new:
+        save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, new, facts)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -1,56 +1,55 @@
-"""Search: the plan for a budget, by greedy steps on measured loss per cost saved, from dense to the budget.
+"""Search: the plan for a budget, by measured loss.
 
-Every step makes one layer cheaper in one way. A candidate's loss is measured on the model from the layer that it
-changes on; after a step, the candidates are measured again from the most promising one until one stays in front.
+Three ways to find plans, in this order: greedy steps down from dense; the chains of the published methods; exchanges,
+which from the best plan so far give cost back in one layer and take it in another. A candidate's loss is measured on
+the model, from the layer on in which it leaves the plan that it was made from; candidates are ranked by a rough
+measurement, results have an exact one.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from ..cost import flops
 from ..cost_report import CostReport
-from ..heads import keep_heads
-from ..plan import HeadBudget, LayerPlan, Neighborhood, PlanError, VisualPlan, with_layer
+from ..layout import VisualLayout
+from ..plan import LayerPlan, PlanError, VisualPlan, with_layer
 from ..shapes import shape_of
+from .front import Point
 
-# What a share of 1 of the cost is, and of what the budget is a share.
-COSTS: dict[str, Callable[[CostReport], int]] = {
+# Costs that are counted, of which a budget is a share; "time" is measured.
+COUNTED: dict[str, Callable[[CostReport], int]] = {
     "visual": lambda cost: cost.prefill.lane("visual"),
     "prefill": lambda cost: cost.total,
     "kv": lambda cost: cost.kv_visual_bytes,
 }
-OBJECTIVES = ("kl", "accuracy")
-SHARES = (0.75, 0.5, 0.25, 0.125)  # of heads and of neurons, step by step
-RADII = (3, 2, 1)
+COSTS = (*COUNTED, "time")
+OBJECTIVES: dict[str, Callable[[Point], float]] = {
+    "kl": lambda point: point.kl,
+    # KL parts plans that answer equally many samples right, as most do
+    "accuracy": lambda point: 1 - point.accuracy + 0.01 * point.kl,
+}
 _FREE = 1e-5  # a loss that is as good as none: among free steps the one that saves most is taken
-_TIE = 0.01  # weight of KL under "accuracy", where most steps change no answer
+_TRIES = 32  # exchanges measured in a round
 
 
-@dataclass(frozen=True)
-class Point:
-    """A plan on the way: its cost as a share of the dense model's, and what was measured on the samples.
-
-    kl: KL(dense || plan) of the answers' tokens in nats, mean over samples. accuracy: share of the samples whose whole
-    answer is the likeliest.
-    """
-
-    plan: VisualPlan
-    cost: float
-    kl: float
-    accuracy: float
-
-
-def search(model, samples: Iterable[dict], *, budget: float = 0.25, **settings) -> VisualPlan:
+def search(model, samples: Iterable[dict], *, budget: float = 0.25, objective: str = "kl", **settings) -> VisualPlan:
     """The best plan that costs at most `budget` of the dense model. Settings: those of `search_front`."""
-    front = list(search_front(model, samples, budget=budget, **settings))
-    return min((point for point in front if point.cost <= budget), key=lambda point: point.kl).plan
+    points = search_front(model, samples, budget=budget, objective=objective, **settings)
+    return best_within(points, budget, objective).plan
+
+
+def best_within(points: Iterable[Point], budget: float, objective: str = "kl") -> Point:
+    """The point of least loss that costs at most `budget`, the cheaper one of equals."""
+    return min((p for p in points if p.cost <= budget), key=lambda p: (OBJECTIVES[objective](p), p.cost))
 
 
 def search_front(
@@ -63,21 +62,31 @@ def search_front(
     calibration=None,
     time_limit: float | None = None,
     batch: int = 16,
+    log: str | Path | None = None,
 ) -> Iterator[Point]:
-    """Every plan on the way from dense to `budget`, as it is found; the last one is within the budget.
+    """Plans from dense to `budget`, as they are found: the greedy way down, the published methods, better ones.
 
-    samples: as `calibrate` takes them, with labels. budget: share in (0, 1] of the dense model's `cost`: "visual",
-    FLOPs of the visual lane in prefill; "prefill", FLOPs of the decoder; "kv", bytes of visual keys and values; counted
-    on the sample of median length. objective: "kl", or "accuracy" of the labels. calibration: a `Calibration` that
-    says which heads and neurons go first; made from the samples if None. time_limit: seconds after which candidates
-    are not measured again before a step (each step still is). batch: samples in one call.
+    samples: as `calibrate` takes them, with labels; a search fits those that it has, so take some hundreds. budget:
+    share in (0, 1] of the dense model's `cost`: "visual", FLOPs of the visual lane in prefill; "prefill", FLOPs of the
+    decoder; "kv", bytes of visual keys and values; "time", seconds of the decoder's prefill on this machine
+    (`times.LayerTimes`); all of them for the sample of median length. objective: "kl", or "accuracy" of the labels.
+    calibration: a `Calibration` that says which heads and neurons go first; made from the samples if None. time_limit:
+    seconds after which candidates are not measured again before a step (each step still is), and nothing is tried
+    after the way down. batch: samples in one call. log: a file that holds what was measured; a search that is stopped
+    and started again with it goes on, and a search for another budget uses it.
 
     Raises PlanError for settings out of range, PatchError and SampleError as `calibrate` does.
     """
+    from .chains import chains
+    from .fingerprint import of_samples, of_weights
+    from .log import Log
     from .measure import calibrate
+    from .meter import Meter
+    from .moves import Moves
     from .probe import Probe
     from .profiles import Target
     from .samples import on_device
+    from .times import LayerTimes
 
     if not 0 < budget <= 1:
         raise PlanError(f"budget: got {budget!r}, expected a share in (0, 1]")
@@ -86,96 +95,113 @@ def search_front(
             raise PlanError(f"{name}: got {given!r}, expected one of {', '.join(known)}")
     samples = [on_device(sample, model) for sample in samples]
     calibration = calibration or calibrate(model, samples)
-    probe = Probe(Target.of(model), samples, batch)
+    target, shape = Target.of(model), shape_of(model)
+    probe = Probe(target, samples, batch)
+    known = Log(log, {"weights": of_weights(target.text_model), "samples": of_samples(samples)})
     middle = int(np.argsort(probe.lengths, kind="stable")[probe.num_samples // 2])
-    layout, length = probe.layouts[middle], probe.lengths[middle]
-    shape = shape_of(model)
+    if cost == "time":
+        counted = LayerTimes(Probe(target, samples[middle : middle + 1]), known)
+    else:
+        counted = partial(_count, COUNTED[cost], shape, probe.layouts[middle], probe.lengths[middle])
+    meter = Meter(probe, counted, known)
+    loss, moves = OBJECTIVES[objective], Moves(calibration, shape.kv_heads)
+    end = float("inf") if time_limit is None else time.monotonic() + time_limit
 
-    def counted(plan: VisualPlan) -> int:
-        return COSTS[cost](flops(shape, plan, layout=layout, text_tokens=length - layout.num_visual))
+    def ways() -> Iterator[Point]:
+        yield from _descend(meter, moves, loss, budget, end)
+        meter.start_from(meter.dense)
+        methods = chains(calibration.heads, shape.kv_heads, lambda plan: loss(meter(plan)))
+        yield from map(meter, itertools.chain.from_iterable(methods.values()))
+        start = best_within(found, budget, objective)
+        yield from _exchange(meter, moves, loss, start, budget)
 
-    def loss(plan: VisualPlan) -> float:
-        kl = probe.divergence(plan)
-        return kl if objective == "kl" else 1 - probe.accuracy(plan) + _TIE * kl
+    found: list[Point] = []
+    for point in ways():
+        found.append(replace(point, plan=point.plan.replace(name="searched", about="Found by vis_sparse.search")))
+        yield found[-1]
+        if time.monotonic() > end and point.cost <= budget:
+            return
 
-    end = None if time_limit is None else time.monotonic() + time_limit
-    moves = Moves(calibration, shape.kv_heads)
-    return _descend(probe, moves, counted, loss, budget, end)
+
+def _count(cost: Callable[[CostReport], int], shape, layout: VisualLayout, length: int, plan: VisualPlan) -> int:
+    return cost(flops(shape, plan, layout=layout, text_tokens=length - layout.num_visual))
 
 
-def _descend(probe, moves: Moves, counted, loss, budget: float, end: float | None) -> Iterator[Point]:
-    plan, whole = probe.plan, counted(probe.plan)
+def _descend(meter, moves, loss, budget: float, end: float) -> Iterator[Point]:
+    """From dense to the budget, each step the one that loses least for what it saves.
 
-    def point() -> Point:
-        named = plan.replace(name="searched", about="Found by vis_sparse.search")
-        return Point(named, counted(plan) / whole, probe.divergence(plan), probe.accuracy(plan))
+    The candidates are measured again from the most promising one until one stays in front.
+    """
+    point = meter(meter.dense)
 
-    def rate(candidate: VisualPlan) -> float:
+    def rough(plan: VisualPlan) -> float:
+        return loss(meter(plan, rough=True))
+
+    def rate(move: tuple[int, LayerPlan]) -> float:
         """Loss per share of the cost saved; infinite if nothing is saved."""
-        saved = (spent - counted(candidate)) / whole
-        return max(loss(candidate) - at, _FREE) / saved if saved > 0 else float("inf")
+        candidate = with_layer(point.plan, *move)
+        saved = point.cost - meter.cost(candidate)
+        return max(rough(candidate) - rough(point.plan), _FREE) / saved if saved > 0 else float("inf")
 
-    spent, at = whole, loss(plan)
-    yield point()
-    everything = ((index, layer) for index in range(plan.num_layers) for layer in moves.of(plan, index))
-    queue = [(rate(with_layer(plan, *move)), number, move) for number, move in enumerate(everything)]
+    yield point
+    numbers = itertools.count()
+    queue = [(rate(move), next(numbers), move) for move in moves.of(point.plan)]
     heapq.heapify(queue)
-    count = len(queue)
-    while spent > budget * whole:
+    while point.cost > budget:
         if not queue or queue[0][0] == float("inf"):
-            raise PlanError(f"budget: got {budget}, expected at least {spent / whole:.3f}, what the last step leaves")
+            raise PlanError(f"budget: got {budget}, expected at least {point.cost:.3f}, what the last step leaves")
         _, number, move = heapq.heappop(queue)
-        hurried = end is not None and time.monotonic() > end
-        if not hurried:
-            fresh = rate(with_layer(plan, *move))
+        if time.monotonic() < end:
+            fresh = rate(move)
             if queue and fresh > queue[0][0]:
                 heapq.heappush(queue, (fresh, number, move))
                 continue
-        plan = with_layer(plan, *move)
-        probe.adopt(plan)
-        spent, at = counted(plan), loss(plan)
-        yield point()
+        point = meter(with_layer(point.plan, *move))
+        meter.start_from(point.plan)
+        yield point
         index = move[0]
         queue = [entry for entry in queue if entry[2][0] != index]
-        for layer in moves.of(plan, index):
-            queue.append((rate(with_layer(plan, index, layer)), count, (index, layer)))
-            count += 1
+        again = ((index, layer) for layer in moves.of_layer(point.plan, index))
+        queue += [(rate(move), next(numbers), move) for move in again]
         heapq.heapify(queue)
 
 
-class Moves:
-    """The ways to make a layer cheaper; heads and neurons go in the order of a calibration's scores."""
+def _exchange(meter, moves, loss, point: Point, budget: float) -> Iterator[Point]:
+    """From a plan within the budget to better ones within it, until a round finds none.
 
-    def __init__(self, calibration, num_kv_heads: int):
-        self.scores, self.neurons, self.kv_heads = calibration.heads, calibration.neurons, num_kv_heads
+    A round measures the moves from the plan, each alone, and then, on the model, the pairs of them that promise most
+    if losses and costs add up.
+    """
+    better = True
+    while better:
+        better = False
+        start = point
+        meter.start_from(start.plan)
+        for pair in _pairs(meter, moves, loss, start, budget):
+            if all(start.plan.layers[index] == point.plan.layers[index] for index, _ in pair):
+                plan = point.plan
+                for move in pair:
+                    plan = with_layer(plan, *move)
+                if meter.cost(plan) <= budget and loss(meter(plan)) < loss(point) - _FREE:
+                    point, better = meter(plan), True
+                    yield point
 
-    def of(self, plan: VisualPlan, index: int) -> Iterator[LayerPlan]:
-        """Layer `index` of the plan with one thing reduced."""
-        layer, change = plan.layers[index], dataclasses.replace
-        if layer.attention != "none":
-            own = layer.attention.radius if isinstance(layer.attention, Neighborhood) else max(RADII) + 1
-            for radius in RADII:
-                if radius < own:
-                    yield change(layer, attention=Neighborhood(radius, "causal"))
-            yield change(layer, attention="none")
-        neurons, total = self._kept_neurons(layer), self.neurons.shape[1]
-        for share in SHARES:
-            if share * total < neurons:
-                chosen = np.argsort(-self.neurons[index], kind="stable")[: int(share * total)]
-                yield change(layer, ffn=tuple(sorted(chosen.tolist())))
-        if neurons:
-            yield change(layer, ffn=0.0)
-        if layer.updates:
-            yield change(layer, attention="none", ffn=0.0)
-        heads = self.scores.shape[1] if layer.heads is None else sum(layer.heads)
-        for share in SHARES:
-            mask = keep_heads(self.scores[index : index + 1], HeadBudget(share), self.kv_heads)[0]
-            if 0 < mask.sum() < heads:
-                yield change(layer, heads=tuple(mask.tolist()))
-        if layer.text_reads:
-            yield change(layer, text_reads=False)
-            yield LayerPlan.off()
 
-    def _kept_neurons(self, layer: LayerPlan) -> int:
-        kept = layer.neurons(self.neurons.shape[1])
-        return kept if isinstance(kept, int) else len(kept)
+def _pairs(meter, moves, loss, start: Point, budget: float) -> Iterator[list[tuple[int, LayerPlan]]]:
+    """The pairs of moves in two layers, and the moves alone, of which the least loss is expected within the budget."""
+    everything = list(moves.of(start.plan))
+    saved = np.array([start.cost - meter.cost(with_layer(start.plan, *move)) for move in everything])
+    over = start.cost - budget
+    possible = np.flatnonzero(saved + max(saved.max(), 0) >= over)
+    everything = [everything[index] for index in possible]
+    # the first entry is no move: a pair with it is a move alone
+    saved = np.array([0.0, *saved[possible]])
+    layers = np.array([-1, *(index for index, _ in everything)])
+    rough = (loss(meter(with_layer(start.plan, *move), rough=True)) for move in everything)
+    lost = np.array([0.0, *rough])
+    lost[1:] -= loss(meter(start.plan, rough=True))
+    expected = lost[:, None] + lost
+    expected[(saved[:, None] + saved < over) | (layers[:, None] >= layers)] = np.inf
+    for index in np.argsort(expected, axis=None, kind="stable")[:_TRIES]:
+        if expected.flat[index] < -_FREE:
+            yield [everything[each - 1] for each in np.unravel_index(index, expected.shape) if each]

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..calibration.front import described, pareto, write_front
-from ..calibration.search import Point
+from ..calibration.front import Point, described, pareto, write_front
+from ..calibration.whole_file import replaced
 from ..eval.progress import progress
 from ..plan import PlanError
 from .calibrate import (
@@ -32,7 +32,9 @@ def search_command(
     data: DataOption,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The plan's YAML file.")],
     budget: Annotated[float, typer.Option(help="Share of the dense model's cost that the plan may have.")] = 0.25,
-    cost: Annotated[str, typer.Option(help="visual or prefill (FLOPs), or kv (bytes of visual keys).")] = "visual",
+    cost: Annotated[
+        str, typer.Option(help="visual or prefill (FLOPs), kv (bytes), or time (of a prefill, measured).")
+    ] = "visual",
     objective: Annotated[str, typer.Option(help="kl (to the dense model's answers) or accuracy.")] = "kl",
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="What calibrate wrote.", show_default="made from the samples")
@@ -41,17 +43,20 @@ def search_command(
     time_limit: Annotated[
         str | None, typer.Option(metavar="TIME", help="90s, 10m or 2h; then every step is the next best known.")
     ] = None,
-    samples: SamplesOption = 64,
+    samples: SamplesOption = 128,
     prompt: PromptOption = None,
     page: ReportOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
     json_file: JsonOption = None,
 ) -> None:
-    """Find what visual tokens can do without, layer by layer, down to a budget."""
+    """Find what visual tokens can do without, layer by layer, down to a budget.
+
+    Stopped and started again, it goes on from what it has measured.
+    """
     from ..calibration import Calibration, calibrate
     from ..calibration.samples import answered, encode, on_device
-    from ..calibration.search import search_front
+    from ..calibration.search import best_within, search_front
     from .model import load_model
 
     seconds = _seconds(time_limit)
@@ -60,6 +65,7 @@ def search_command(
     encoded = (on_device(encode(processor, record), loaded) for record in records(data, samples, prompt))
     chosen, points = [answered(loaded, sample, 16) for sample in encoded], []
     measured = measured or calibrate(loaded, chosen, data=Path(data).name)
+    partial = out.with_name(out.name + ".partial")
     with progress("searching") as step:
         found = search_front(
             loaded,
@@ -69,14 +75,18 @@ def search_command(
             objective=objective,
             calibration=measured,
             time_limit=seconds,
+            log=partial,
         )
         for point in found:
             points.append(point)
             if front is not None:
                 write_front(front, points, cost)
-            step(int(100 * (1 - point.cost)), int(100 * (1 - budget)))
-    best = min((point for point in points if point.cost <= budget), key=lambda point: point.kl)
-    out.write_text(described(best, cost).to_yaml())
+            reached = min(point.cost for point in points)
+            step(int(100 * (1 - max(reached, budget))), int(100 * (1 - budget)))
+    best = best_within(points, budget, objective)
+    with replaced(out) as new:
+        new.write_text(described(best, cost).to_yaml())
+    partial.unlink()
     if page is not None:
         from ..calibration.report import write_report
 

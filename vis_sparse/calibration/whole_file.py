@@ -1,0 +1,17 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replaced(path: str | Path) -> Iterator[Path]:
+    """A path to write to; at the end of the block it becomes `path`, at once: an interruption leaves the old file."""
+    path = Path(path)
+    new = path.with_name(path.name + ".new")
+    yield new
+    os.replace(new, path)
