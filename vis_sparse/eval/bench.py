@@ -81,6 +81,18 @@ def bench(
     return [{"plan": name, **setting, **figures[name], **facts} for name in plans]
 
 
+def compare(model: str, plans: list[str], *, layers: int, **settings) -> list[dict]:
+    """Plans (names or files) beside other packages, at the width of `model` and `layers` deep: `peers.peers`."""
+    import dataclasses
+
+    from ..plan_yaml import as_plan
+    from ..shapes import load_shape
+    from .peers import peers
+
+    shape = dataclasses.replace(load_shape(model), layers=layers)
+    return peers(shape, {name: as_plan(name, layers) for name in plans}, **settings)
+
+
 def bench_command(
     context: typer.Context,
     model: ModelOption = "llava-1.5-7b",
@@ -94,6 +106,9 @@ def bench_command(
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every variant once.")] = 5,
     decode: Annotated[bool, typer.Option("--decode", help="Also time a decode step after the prompt.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Time all variants under torch.compile.")] = False,
+    with_peers: Annotated[
+        bool, typer.Option("--peers", help="`generate` on Qwen2.5-VL beside what else can be installed, instead.")
+    ] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Time plans against the unpatched model, at full width with random weights; `kernels`: attention alone.
@@ -106,7 +121,7 @@ def bench_command(
     import torch
 
     from .progress import progress
-    from .tables import draw_bench
+    from .tables import draw_bench, draw_peers
 
     if dtype not in DTYPES:
         raise typer.BadParameter(f"got {dtype!r}, expected one of {', '.join(DTYPES)}", param_hint="--dtype")
@@ -118,6 +133,12 @@ def bench_command(
             f"got {device!r}, expected a device of torch ({reason})", param_hint="--device"
         ) from None
     names = list(dict.fromkeys(name.strip() for name in plan.split(",")))
+    if with_peers:
+        place = {"dtype": dtype, "device": device, "repeats": repeats}
+        with progress("timing in turns") as on_turn:
+            results = compare(model, names, layers=layers, text_tokens=text_tokens, on_turn=on_turn, **place)
+        report(results, json_file, lambda console: draw_peers(console, results))
+        return
     with progress("timing in turns") as on_turn:
         results = bench(
             model,

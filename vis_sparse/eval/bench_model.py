@@ -38,14 +38,18 @@ def random_model(shape: ModelShape, dtype: torch.dtype, device: torch.device) ->
     config.dtype = dtype
     with device, no_init_weights():
         model = LlavaForConditionalGeneration._from_config(config, dtype=dtype).eval()
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("norm.weight"):
-                weight.fill_(1)
-            else:
-                weight.uniform_(-WEIGHT_RANGE, WEIGHT_RANGE, generator=generator)
+    fill_randomly(model, torch.Generator(device).manual_seed(0))
     return model
+
+
+@torch.no_grad()
+def fill_randomly(model: torch.nn.Module, generator: torch.Generator) -> None:
+    """Uniform weights, and norms of 1."""
+    for name, weight in model.named_parameters():
+        if name.endswith("norm.weight"):
+            weight.fill_(1)
+        else:
+            weight.uniform_(-WEIGHT_RANGE, WEIGHT_RANGE, generator=generator)
 
 
 def image_layout(shape: ModelShape, batch: int, text_tokens: int, image_size: tuple[int, int] | None) -> VisualLayout:

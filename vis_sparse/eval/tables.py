@@ -54,6 +54,31 @@ def _bench_table(title: str, results: list[dict], prefix: str) -> Table:
     return table
 
 
+def draw_peers(console: Console, results: list[dict]) -> None:
+    """Rows of `peers`: times and bytes, or why something did not run."""
+    first = results[0]
+    facts, machine = first["versions"], first["machine"]
+    console.print(
+        f"{first['model']}, {first['layers']} layers, {first['dtype']}: {first['new_tokens']} new tokens after "
+        f"{first['visual_tokens']} visual and {first['text_tokens']} text tokens"
+    )
+    table = tight_table("", "time", "range", "speed-up", "peak MiB", "did not run", left=("", "did not run"))
+    for row in results:
+        if "why" in row:
+            table.add_row(row["peer"], "", "", "", "", row["why"])
+        else:
+            size = "" if row["peak_bytes"] is None else mebibytes(row["peak_bytes"]).removesuffix(" MiB")
+            table.add_row(row["peer"], seconds(row["s"]), span(row["spread"]), f"{row['speedup']:.2f}", size, "")
+    console.print(table)
+    console.print(
+        f"\ntime: median of {first['repeats']} rounds in turns. speed-up: paired.\n{machine['cpu']}, "
+        f"{machine['threads']} threads, {machine['device']}, torch {facts['torch']}, transformers "
+        f"{facts['transformers']}, {first['date'][:10]}",
+        style="bright_black",
+        highlight=False,
+    )
+
+
 def draw_demo(console: Console, results: dict) -> None:
     """Accuracy, with the blind model's below, and cost of every plan, from the demo's figures."""
     kinds = list(results["questions"])
