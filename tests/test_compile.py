@@ -41,6 +41,17 @@ def test_lanes_trace_in_one_graph(plan):
 
 
 @torch.no_grad()
+def test_compiled_model_under_which_tokens_leave():
+    """Its layers run uncompiled: their rows depend on values."""
+    model = vis_sparse.patch(deep_model(LAYERS, torch.float32), VisualPlan.pyramiddrop(LAYERS, stages=3))
+    compiled = torch.compile(model, backend="aot_eager")
+    for seed in (1, 2):
+        inputs = make_batch(deep_model(LAYERS), [(5, IMAGE, 4)], seed=seed).by_ids()
+        inputs["pixel_values"] = inputs["pixel_values"].float()
+        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+
+
+@torch.no_grad()
 def test_compiled_model_follows_its_weights():
     model = vis_sparse.patch(deep_model(LAYERS, torch.float32), PLANS["sparse"])
     inputs = make_batch(model, [(5, IMAGE, 4)]).by_ids()

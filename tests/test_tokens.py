@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import vis_sparse
+from vis_sparse.calibration.probe import Probe
+from vis_sparse.calibration.profiles import Target
 from vis_sparse.layout import LayoutError, VisualLayout
 from vis_sparse.packing import visual_coordinates
-from vis_sparse.plan import TOKEN_ORDERS, LayerPlan, Neighborhood, TokenBudget, VisualPlan
+from vis_sparse.plan import TOKEN_ORDERS, LayerPlan, Neighborhood, PlanError, TokenBudget, VisualPlan
 from vis_sparse.token_scores import on_host
 from vis_sparse.tokens import choose
 
@@ -29,6 +31,7 @@ from .models import (
     text_inputs,
 )
 from .test_cache import select
+from .test_calibration import make_sample
 from .test_dispatch import Counted, call_of
 from .test_parity import SCENARIOS, check, every_backend, every_text, unpatched
 
@@ -344,3 +347,14 @@ def batch_until(batch, end: int):
         pixel_values=batch.pixel_values if segments else None,
         layout=VisualLayout(batch.layout.batch_size, segments),
     )
+
+
+def test_the_search_does_not_measure_plans_that_drop_tokens():
+    model = make_model()
+    probe = Probe(Target.of(model), [make_sample(model)])
+    kept = probe.plan
+    with pytest.raises(PlanError, match="plan 'fastv': tokens: got a plan under which visual tokens leave"):
+        probe.divergence(VisualPlan.fastv(LAYERS, 1))
+    with pytest.raises(PlanError, match="expected one that keeps them all"):
+        probe.adopt(PLANS["stride"])
+    assert probe.plan == kept
