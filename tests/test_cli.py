@@ -4,15 +4,20 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from vis_sparse.calibration import Calibration
 from vis_sparse.cli.main import app
 from vis_sparse.cli.options import bar, human
 from vis_sparse.cost import flops
+from vis_sparse.eval.tiny import checkpoint
+from vis_sparse.heads import resolve_heads
 from vis_sparse.patches.errors import PatchError
-from vis_sparse.plan_yaml import plan_names
+from vis_sparse.plan_yaml import as_plan, plan_names
+from vis_sparse.shapes import load_shape
 
 runner = CliRunner()
 
@@ -211,3 +216,44 @@ def test_numbers_have_four_digits(count, text):
 )
 def test_bars(share, cells):
     assert bar(share, 4).plain == cells
+
+
+@pytest.fixture
+def calibration(tmp_path):
+    """Of the shipped tiny LLaVA's size: heads 3 and 6 matter in layers 0 and 1, none of the others."""
+    shape = load_shape(str(checkpoint()))
+    heads, neurons = np.zeros((shape.layers, shape.heads)), np.tile(np.arange(shape.ffn), (shape.layers, 1))
+    heads[:2, [3, 6]] = 1
+    zeros = {name: np.zeros((shape.layers, 2)) for name in ("attention_change", "ffn_change")}
+    found = Calibration(heads, heads, heads, heads[None], heads[:, 0], neurons=neurons, metadata={}, **zeros)
+    found.save(tmp_path / "c.safetensors")
+    return tmp_path / "c.safetensors"
+
+
+@pytest.fixture
+def budgets(tmp_path):
+    """A sixteenth of all heads over the model: as many in every layer for lack of scores, or those that matter."""
+    budget = "{attention: none, ffn: {keep: 0.5}, heads: {keep: 0.0625, over: model}}"
+    (tmp_path / "plan.yaml").write_text(f"name: mine\ndefault: {budget}\n")
+    return tmp_path / "plan.yaml"
+
+
+def test_a_calibration_says_which_heads_budgets_keep(calibration, budgets):
+    common = ("--model", checkpoint(), "--calibration", calibration)
+    shown = read_json("plan", "show", budgets, *common)
+    assert [layer["heads"] for layer in shown["layers"]] == [2, 2, 0, 0, 0, 0, 0, 0]
+    assert {layer["ffn"] for layer in shown["layers"]} == {0.5}
+    counted = read_json("flops", "--plan", budgets, *common)["plans"][0]
+    plan = resolve_heads(as_plan(budgets, 8), 8, 8, None, calibration)
+    assert counted["total"] == flops(load_shape(str(checkpoint())), plan).total
+    assert counted["total"] < read_json("flops", "--plan", budgets, *common[:2])["plans"][0]["total"]
+    refused = run("flops", "--plan", budgets, "--calibration", calibration)
+    assert refused.exit_code == 2 and "got shape (8, 8), expected (layers, heads) = (32, 32)" in refused.output
+
+
+def test_bench_takes_a_calibration(calibration, budgets):
+    common = ("--model", checkpoint(), "--plan", budgets, "--repeats", 1, "--text-tokens", 4)
+    scored = read_json("bench", *common, "--calibration", calibration)
+    assert scored["flops_visual"] < read_json("bench", *common)["flops_visual"]
+    refused = run("bench", *common, "--calibration", calibration, "--peers")
+    assert refused.exit_code == 2 and "expected none" in refused.output

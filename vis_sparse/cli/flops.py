@@ -11,12 +11,21 @@ from rich.text import Text
 
 from ..cost import CostReport, flops
 from ..cost_report import PARTS, PassCost
-from ..heads import resolve_heads
-from ..plan import PlanError
-from ..plan_yaml import as_plan
+from ..plan import PlanError, VisualPlan
 from ..roofline import Roofline, device_spec, roofline
 from ..shapes import ShapeError, load_shape
-from .options import ConventionOption, JsonOption, ModelOption, bar, human, mebibytes, report, tight_table
+from .options import (
+    CalibrationOption,
+    ConventionOption,
+    JsonOption,
+    ModelOption,
+    bar,
+    human,
+    mebibytes,
+    report,
+    resolved,
+    tight_table,
+)
 
 
 def flops_command(
@@ -33,6 +42,7 @@ def flops_command(
     device: Annotated[
         str | None, typer.Option(metavar="NAME", help="Also roofline bounds on a100, h100, h200 or mi300x.")
     ] = None,
+    calibration: CalibrationOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Count the FLOPs and the KV cache of plans on a model: one by part and layer, several side by side."""
@@ -49,8 +59,9 @@ def flops_command(
     names = [name.strip() for name in plan.split(",") if name.strip()]
     if not names:
         raise PlanError(f"plan: got {plan!r}, expected one name or several with commas between them")
-    costs = [flops(shape, name, **settings) for name in names]
-    bounds = _bounds(shape, ["dense", *names], [dense, *costs], device) if device else []
+    plans = [resolved(name, shape, calibration) for name in names]
+    costs = [flops(shape, each, **settings) for each in plans]
+    bounds = _bounds(shape, [VisualPlan.dense(shape.layers), *plans], [dense, *costs], device) if device else []
     data = [cost.to_dict() | {"of_dense": cost.total / dense.total if dense.total else None} for cost in costs]
 
     def draw(console: Console) -> None:
@@ -72,8 +83,7 @@ def flops_command(
     report(result, json_file, draw)
 
 
-def _bounds(shape, names: list[str], costs: list[CostReport], device: str) -> list[Roofline]:
-    plans = (resolve_heads(as_plan(name, shape.layers), shape.heads, shape.kv_heads, "first") for name in names)
+def _bounds(shape, plans: list[VisualPlan], costs: list[CostReport], device: str) -> list[Roofline]:
     spec = device_spec(device)
     return [roofline(shape, plan, cost, spec) for plan, cost in zip(plans, costs)]
 

@@ -13,13 +13,34 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..heads import resolve_heads
+from ..plan import VisualPlan
+from ..plan_yaml import as_plan
+from ..shapes import ModelShape
+
 JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - = stdout.")]
 ModelOption = Annotated[
     str, typer.Option("--model", metavar="NAME", help="A shipped model shape, or a folder with a config.json.")
 ]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="What calibrate wrote: which heads and neurons budgets keep.",
+        show_default="the first ones",
+    ),
+]
 ConventionOption = Annotated[
     str, typer.Option("--convention", help="executed (text included), paper, macs or fastv (visual tokens only).")
 ]
+
+
+def resolved(plan: str, shape: ModelShape, calibration: Path | None) -> VisualPlan:
+    """A plan (name or file) for a model, its budgets resolved by the calibration; without one the first heads and
+    neurons stand in, whose numbers are right."""
+    heads = "first" if calibration is None else None
+    return resolve_heads(as_plan(plan, shape.layers), shape.heads, shape.kv_heads, heads, calibration)
 
 
 def report(data, json_file: str | None, draw: Callable[[Console], None]) -> None:

@@ -11,12 +11,22 @@ from rich.table import Table
 from rich.text import Text
 
 from ..cost import CostReport, flops
-from ..heads import resolve_heads
 from ..plan import LayerPlan, Neighborhood, VisualPlan
-from ..plan_yaml import as_plan, load_plan, plan_names
+from ..plan_yaml import load_plan, plan_names
 from ..schedule import LayerWork, schedule
 from ..shapes import ModelShape, load_shape
-from .options import ConventionOption, JsonOption, ModelOption, bar, human, mebibytes, report, tight_table
+from .options import (
+    CalibrationOption,
+    ConventionOption,
+    JsonOption,
+    ModelOption,
+    bar,
+    human,
+    mebibytes,
+    report,
+    resolved,
+    tight_table,
+)
 
 plan_app = typer.Typer(no_args_is_help=True, help="List the shipped plans, or draw one.")
 
@@ -48,12 +58,12 @@ def show_command(
     plan: Annotated[str, typer.Argument(metavar="PLAN", help="A shipped plan, or a YAML file.")],
     model: ModelOption = "llava-1.5-7b",
     convention: ConventionOption = "executed",
+    calibration: CalibrationOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Draw a plan on a model: what visual tokens do in each layer, and what that costs."""
     shape = load_shape(model)
-    # without scores the first heads stand in for a budget's: their number, which is what is drawn, is right
-    chosen = resolve_heads(as_plan(plan, shape.layers), shape.heads, shape.kv_heads, "first")
+    chosen = resolved(plan, shape, calibration)
     work = schedule(chosen, shape.heads, shape.kv_heads, shape.ffn)
     dense, cost = (flops(shape, each, convention=convention) for each in ("dense", chosen))
     rows = [

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..cli.flops import _pixels as pixels
-from ..cli.options import JsonOption, ModelOption, report
+from ..cli.options import CalibrationOption, JsonOption, ModelOption, report, resolved
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -25,6 +26,7 @@ def bench(
     repeats: int = 5,
     decode: bool = False,
     compiler: str | None = None,
+    calibration: Path | None = None,
     on_turn=None,
 ) -> list[dict]:
     """Figures of every plan, in the order given: the JSON objects of the command.
@@ -32,28 +34,26 @@ def bench(
     model: a shipped shape or a checkpoint folder (for its sizes; the weights are random). plans: names or YAML files.
     layers: decoder layers that are built; plans are resolved for that depth. image_size: (height, width) in pixels.
     compiler: backend of torch.compile for all variants, which then run one after the other; None: eager, in turns.
+    calibration: file that says which heads and neurons budgets keep, of a model of this depth; None: the first ones.
     on_turn(done, total): called after each timed turn. Raises PlanError or ShapeError before anything is built.
     """
     import dataclasses
 
     import torch
 
-    from ..heads import resolve_heads
-    from ..plan_yaml import as_plan
     from ..shapes import load_shape
     from .bench_model import image_layout, random_embeddings, random_model
     from .measure import Measurement
     from .timing import machine_facts
 
     shape = dataclasses.replace(load_shape(model), layers=layers)
-    resolved = {name: resolve_heads(as_plan(name, layers), shape.heads, shape.kv_heads, "first") for name in plans}
     layout = image_layout(shape, batch, text_tokens, image_size)
     place = {"dtype": getattr(torch, dtype), "device": torch.device(device)}
     measurement = Measurement(
         random_model(shape, **place),
         random_embeddings(shape, layout, text_tokens, **place),
         layout,
-        resolved,
+        {name: resolved(name, shape, calibration) for name in plans},
         heads="first",
         compiler=compiler,
     )
@@ -109,6 +109,7 @@ def bench_command(
     with_peers: Annotated[
         bool, typer.Option("--peers", help="`generate` on Qwen2.5-VL beside what else can be installed, instead.")
     ] = False,
+    calibration: CalibrationOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Time plans against the unpatched model, at full width with random weights; `kernels`: attention alone.
@@ -133,6 +134,8 @@ def bench_command(
             f"got {device!r}, expected a device of torch ({reason})", param_hint="--device"
         ) from None
     names = list(dict.fromkeys(name.strip() for name in plan.split(",")))
+    if with_peers and calibration is not None:
+        raise typer.BadParameter("got a file beside --peers, expected none", param_hint="--calibration")
     if with_peers:
         place = {"dtype": dtype, "device": device, "repeats": repeats}
         with progress("timing in turns") as on_turn:
@@ -152,6 +155,7 @@ def bench_command(
             repeats=repeats,
             decode=decode,
             compiler="inductor" if compiled else None,
+            calibration=calibration,
             on_turn=on_turn,
         )
     report(results if len(results) > 1 else results[0], json_file, lambda console: draw_bench(console, results))
