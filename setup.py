@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# lmms-eval takes any pytablewriter, and prints its table without headings with those before 1
+EVAL = ["decord>=0.6", "lmms-eval==0.7.3", "matplotlib>=3.7", "pytablewriter>=1"]
 DEMO = ["easy-vqa>=1.0", "matplotlib>=3.7", "pillow>=10", "scikit-learn>=1.3", "torchvision>=0.24"]
 README = Path(__file__).parent / "README.md"
 
@@ -18,8 +20,9 @@ setup(
     packages=find_packages(include=["vis_sparse", "vis_sparse.*"]),
     package_data={
         "vis_sparse.configs": ["*.yaml", "**/*.yaml"],
-        "vis_sparse.eval": ["page.css"],
-        "vis_sparse.eval.tiny": ["llava/*"],
+        "vis_sparse.eval": ["*.css"],
+        "vis_sparse.eval.tasks": ["*.yaml", "*_yaml"],
+        "vis_sparse.eval.tiny": ["llava/*", "qwen2_vl/*"],
     },
     install_requires=[
         "numpy>=1.26",
@@ -32,9 +35,12 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
-        "eval": ["lmms-eval==0.7.3", "decord>=0.6"],
+        "eval": EVAL,
         "train": ["accelerate>=1.0", "peft>=0.17"],
-        "dev": [*DEMO, "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9"],
+        "dev": [*DEMO, *EVAL, "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9"],
     },
-    entry_points={"console_scripts": ["vis-sparse = vis_sparse.cli.main:app"]},
+    entry_points={
+        "console_scripts": ["vis-sparse = vis_sparse.cli.main:app"],
+        "lmms_eval.models": ["vis_sparse = vis_sparse.eval.lmms:manifest"],
+    },
 )

@@ -15,6 +15,7 @@ from ..calibration.records import SampleError
 from ..eval.bench import bench_command
 from ..eval.bench_kernels import bench_kernels_command
 from ..eval.demo import demo_command
+from ..eval.evaluate import eval_command
 from ..internvl2_errors import CheckpointError
 from ..layout import LayoutError
 from ..plan import PlanError
@@ -64,6 +65,9 @@ bench_app.command("kernels", epilog="Example: vis-sparse bench kernels --setting
 )
 app.add_typer(bench_app, name="bench")
 app.command("demo", epilog="Example: vis-sparse demo --questions 100")(demo_command)
+app.command("eval", epilog="Example: vis-sparse eval --plan dense,yopo-25,yopo-12 --tasks digit_grid --limit 200")(
+    eval_command
+)
 app.command("calibrate", epilog="Example: vis-sparse calibrate --model DIR --data tiny-train --out calib.safetensors")(
     calibrate_command
 )

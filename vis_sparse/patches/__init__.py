@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -110,6 +110,26 @@ def patched(
         unpatch(model)
         if before is not None:
             before.install()
+
+
+@contextmanager
+def unpatched(model: nn.Module) -> Iterator[nn.Module]:
+    """The model without its patch for the length of a `with` block; afterwards the same patch is back, cuts and all."""
+    state = _state(model)
+    if state is not None:
+        state.remove()
+    try:
+        yield model
+    finally:
+        if state is not None:
+            state.install()
+
+
+def read_layout(model: nn.Module, inputs: Mapping) -> VisualLayout | None:
+    """Where the visual tokens lie in `inputs`, a whole batch of prompts as the model's processor makes it; None if the
+    inputs do not tell. The model need not be patched."""
+    family = _family(model)
+    return family.read_layout(family.outer_model(model), dict(inputs), 0)
 
 
 @contextmanager

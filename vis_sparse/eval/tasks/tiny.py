@@ -1,0 +1,95 @@
+"""Documents and scoring of the tasks in this folder: held-out questions of the tiny checkpoints.
+
+lmms-eval imports this file by its path, once for every name that a task's YAML takes from it. The data sets are names
+too, `<kind>_data`: reading one gives the arguments of `datasets.load_dataset`, and makes its file first if need be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+from pathlib import Path
+
+QUESTIONS = 1000  # of each kind
+CONVERSATIONS, TURNS = 250, 4
+
+
+def __getattr__(name: str) -> dict:
+    kind, found, rest = name.partition("_data")
+    if not found or rest:
+        raise AttributeError(name)
+    return {"data_files": {"test": str(_parquet(kind))}}
+
+
+def _parquet(kind: str) -> Path:
+    """The file with the documents of a kind, made on first use."""
+    from vis_sparse.eval.tiny import data
+
+    made_by = inspect.getsource(data) + Path(__file__).read_text(encoding="utf-8")
+    path = _cache() / f"{kind}-{hashlib.sha256(made_by.encode()).hexdigest()[:12]}.parquet"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        (_conversations() if kind == "turns" else _questions(kind)).to_parquet(unfinished)
+        unfinished.replace(path)
+    return path
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vis_sparse" / "tasks"
+
+
+def _questions(kind: str):
+    from vis_sparse.eval.tiny.data import questions
+
+    asked = questions(kind, QUESTIONS)
+    return _dataset([q.image for q in asked], question=[q.text for q in asked], answer=[q.answer for q in asked])
+
+
+def _conversations():
+    """Grids of test digits with several questions each."""
+    import numpy as np
+
+    from vis_sparse.eval.tiny.data import grid_scene
+
+    rng = np.random.default_rng(0)
+    scenes = [grid_scene(rng, TURNS, "test") for _ in range(CONVERSATIONS)]
+    asked = [[question.text for question in scene.questions] for scene in scenes]
+    answers = [[question.answer for question in scene.questions] for scene in scenes]
+    return _dataset([scene.image for scene in scenes], questions=asked, answers=answers)
+
+
+def _dataset(images, **columns):
+    from datasets import Dataset, Image
+
+    return Dataset.from_dict({"image": list(images), **columns}).cast_column("image", Image())
+
+
+def doc_to_visual(doc) -> list:
+    return [doc["image"].convert("RGB")]
+
+
+def exact_match(doc, results) -> dict[str, float]:
+    return {"exact_match": float(results[0] == doc["answer"])}
+
+
+def ask(doc, lmms_eval_specific_kwargs=None, round_idx=None, previous_output=None, previous_round_info=None):
+    """The next question of a conversation, as lmms-eval wants it: (images, text, is over, answers, state)."""
+    if round_idx is None:
+        return doc["questions"][0]
+    if round_idx == len(doc["questions"]):
+        return None, None, True, previous_output, previous_round_info
+    images = [] if round_idx else doc_to_visual(doc)
+    return images, doc["questions"][round_idx], False, previous_output, previous_round_info
+
+
+def turns_match(doc, results) -> dict[str, float]:
+    """Share of a conversation's questions answered exactly; of its first and of its later ones."""
+    given = results[0] or [""] * len(doc["answers"])
+    right = [float(a == b) for a, b in zip(given, doc["answers"], strict=True)]
+    return {
+        "exact_match": sum(right) / len(right),
+        "first_turn": right[0],
+        "later_turns": sum(right[1:]) / len(right[1:]),
+    }
