@@ -409,9 +409,9 @@ class LaneExecutor:
 
     def _kept(self, index: int, x: torch.Tensor, scores: torch.Tensor | None, call: Call) -> np.ndarray:
         """The packed visual rows that go on after layer `index`."""
-        budget, rows = self.layers[index].work.tokens, x[call.num_text :].detach()
-        if budget.by == "norm":
-            scores = norms(rows)
+        budget = self.layers[index].work.tokens
+        if budget.by == "norm" and call.left.num_visual:
+            scores = norms(x[call.num_text :].detach())
         return choose(budget, index, call.left.visual, None if scores is None else on_host(scores))
 
 
