@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lmms_eval.api.model import lmms
 from lmms_eval.models import MODEL_REGISTRY_V2
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from ...patches.errors import PatchError
 
@@ -13,10 +13,12 @@ BASES = {
     "internvl": "internvl_hf",
     "llava": "llava_hf",
     "llava_next": "llava_hf",
+    "llava_next_video": "llava_hf",
     "llava_onevision": "llava_hf",
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen2_vl": "qwen2_vl",
     "qwen3_vl": "qwen3_vl",
+    "vipllava": "llava_hf",
 }
 
 
@@ -26,8 +28,8 @@ def base_class(pretrained: str, name: str | None = None, simple: bool = False) -
     name: of lmms-eval's model, to override the choice by the checkpoint's model_type. simple: the class for plain
     prompts where there is one, not the one for chat messages. Raises PatchError.
     """
+    kind = AutoConfig.from_pretrained(pretrained).model_type
     if name is None:
-        kind = AutoConfig.from_pretrained(pretrained).model_type
         if kind not in BASES:
             raise PatchError(
                 f"pretrained: got a checkpoint of model_type {kind!r}, expected one of {', '.join(BASES)}; or name "
@@ -35,6 +37,12 @@ def base_class(pretrained: str, name: str | None = None, simple: bool = False) -
             )
         name = BASES[kind]
     try:
-        return MODEL_REGISTRY_V2.get_model_class(name, force_simple=simple)
+        found = MODEL_REGISTRY_V2.get_model_class(name, force_simple=simple)
     except ValueError:
         raise PatchError(f"base: got {name!r}, expected the name of one of lmms-eval's models") from None
+    if name == "llava_hf":
+        # its code suits every processor with a chat template; it only names few classes
+        from lmms_eval.models.simple.llava_hf import model_map
+
+        model_map.setdefault(kind, AutoModelForImageTextToText)
+    return found
