@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -18,7 +19,7 @@ import vis_sparse
 from vis_sparse.cli.main import app
 from vis_sparse.eval.tasks import folder
 from vis_sparse.eval.tiny import checkpoint
-from vis_sparse.eval.tiny.data import questions
+from vis_sparse.eval.tiny.data import grid_scene, questions
 from vis_sparse.eval.tiny.score import answers
 
 HEADS = checkpoint() / "heads.safetensors"
@@ -198,6 +199,34 @@ def _same(out):
         for plan in ("dense", "yopo-12")
     ]
     return [json.loads(a)["filtered_resps"] == json.loads(b)["filtered_resps"] for a, b in zip(*lines)]
+
+
+def test_groups_and_conversations(here, tmp_path):
+    rows, _ = _eval(tmp_path, "--plan", "dense", "--tasks", "digit_grid,digit_grid_turns", "--limit", "2")
+    kinds = {"digit_grid_place", "digit_grid_count", "digit_grid_exists"}
+    assert {row["task"] for row in rows} == {*kinds, "digit_grid_turns"}
+    turns = {row["metric"]: row for row in rows if row["task"] == "digit_grid_turns"}
+    assert set(turns) == {"exact_match", "first_turn", "later_turns"}
+    lines = (tmp_path / "digit_grid_turns" / "dense.digit_grid_turns.jsonl").read_text().splitlines()
+    scenes = _conversations()
+    right = 0
+    for scene, line in zip(scenes, map(json.loads, lines), strict=True):
+        (given,) = line["filtered_resps"]
+        assert line["target"] == [question.answer for question in scene.questions]
+        assert given[0] == _dense_answer(scene.questions[0])
+        right += sum(said == question.answer for said, question in zip(given, scene.questions, strict=True))
+    assert turns["exact_match"]["value"] == pytest.approx(right / sum(len(scene.questions) for scene in scenes))
+
+
+def _conversations():
+    """The first two documents of the task, made anew."""
+    rng = np.random.default_rng(0)
+    return [grid_scene(rng, 4, "test") for _ in range(2)]
+
+
+def _dense_answer(question):
+    model = LlavaForConditionalGeneration.from_pretrained(checkpoint(), dtype=torch.float32).eval()
+    return answers(model, AutoProcessor.from_pretrained(checkpoint()), [question])[0]
 
 
 @pytest.fixture
