@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH ?= --model llava-1.5-7b --layers 8 --plan dense,auto,yopo-25,yopo-12 --decode
 DEMO ?=
+FAMILY ?= llava
 TINY ?=
 PYTEST ?= -n 2 -q
 OLD := .venv-old
@@ -22,7 +23,7 @@ help:
 	@echo "make test-old  the tests on transformers 5.17 and torch 2.11, in $(OLD)"
 	@echo "make lint    ruff"
 	@echo "make bench   time of a prefill and a decode step at the width of LLaVA-1.5-7B (8 layers, 6.5 GB of weights)"
-	@echo "make tiny    train the tiny LLaVA again from nothing (under 90 minutes on 2 cores)"
+	@echo "make tiny    train the tiny LLaVA again from nothing (under 90 minutes on 2 cores), or another: FAMILY=qwen2_vl"
 
 setup: $(READY)
 
@@ -51,7 +52,7 @@ bench: $(READY)
 	$(BIN)/vis-sparse bench $(BENCH)
 
 tiny: $(READY)
-	$(BIN)/python -m vis_sparse.eval.tiny.train $(TINY)
+	$(BIN)/python -m vis_sparse.eval.tiny.train --family $(FAMILY) $(TINY)
 
 clean:
 	rm -rf $(VENV) $(OLD) build *.egg-info .pytest_cache .ruff_cache .hypothesis

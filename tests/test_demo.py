@@ -2,11 +2,15 @@
 
 import base64
 import html.parser
+import io
+import math
 import re
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoProcessor
 
 import vis_sparse
 from vis_sparse.eval import demo_run
@@ -14,16 +18,19 @@ from vis_sparse.eval.layer_work import layer_work, outline, runs_in_words
 from vis_sparse.eval.page import page
 from vis_sparse.eval.picture import PIXELS, halftone, picture
 from vis_sparse.eval.tables import three_digits
+from vis_sparse.eval.tiny import NAMES, checkpoint
+from vis_sparse.eval.tiny.data import questions
+from vis_sparse.eval.tiny.families import FAMILIES
 from vis_sparse.shapes import load_shape
 
 KINDS = {"easy_vqa", "place", "count", "exists"}
 
 
-@pytest.fixture(scope="module")
-def results():
+@pytest.fixture(scope="module", params=NAMES)
+def results(request):
     before = demo_run.REPEATS, demo_run.TIMED
     demo_run.REPEATS, demo_run.TIMED = 1, 2
-    yield demo_run.run_demo(8)
+    yield demo_run.run_demo(8, request.param)
     demo_run.REPEATS, demo_run.TIMED = before
 
 
@@ -72,6 +79,7 @@ def test_page_is_one_well_formed_file(results):
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in parsed.references)
     assert not re.search(r"https?://|@import|url\((?!#)|<script|<link", text)
     assert parsed.seen.count("table") == parsed.seen.count("caption") > 2
+    assert results["model"]["name"] in text and f"--family {results['model']['family']}" in text
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
 
 
@@ -88,8 +96,14 @@ def test_picture_is_written(results, tmp_path):
 
 
 def test_examples_are_the_images_asked_about(results):
+    sizes = FAMILIES[results["model"]["family"]].SIZES
     for example in results["examples"]:
-        assert base64.b64decode(example["image_png"]).startswith(b"\x89PNG")
+        png = Image.open(io.BytesIO(base64.b64decode(example["image_png"])))
+        asked = questions(example["kind"], 2, sizes=sizes)
+        assert (png.tobytes(), example["question"]) in [(question.image.tobytes(), question.text) for question in asked]
+        assert list(png.size) == example["image_size"]
+    shapes = {tuple(example["image_size"]) for example in results["examples"]}
+    assert len(shapes) == (1 if results["model"]["family"] == "llava" else 2)
 
 
 def test_halftone_opens_the_share_of_each_token():
@@ -116,17 +130,14 @@ def test_layers_in_words():
     assert len(layers[2]["seen"]) == 25 and layers[31]["seen"] == []
 
 
-def test_timed_prompt_is_what_the_decoder_gets():
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-    from vis_sparse.eval.tiny import checkpoint
-    from vis_sparse.eval.tiny.data import questions
-
-    model = LlavaForConditionalGeneration.from_pretrained(checkpoint(), dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(checkpoint())
-    embeddings, layout = demo_run.timed_prompt(model, processor, questions("place", 2))
-    assert layout.num_visual == 2 * 144 and layout.segments[0].height == 12
-    assert embeddings.shape == (2, 144 + 11, 128)
+@pytest.mark.parametrize("name, grid, around, width", [("llava", (12, 12), 11, 128), ("qwen2_vl", (12, 14), 13, 256)])
+def test_timed_prompt_is_what_the_decoder_gets(name, grid, around, width):
+    family, folder = FAMILIES[name], checkpoint(name)
+    model = family.MODEL.from_pretrained(folder, dtype=torch.float32).eval()
+    asked = questions("place", 2, sizes=family.SIZES[-1:])
+    embeddings, layout = demo_run.timed_prompt(model, AutoProcessor.from_pretrained(folder), asked)
+    assert [(segment.height, segment.width) for segment in layout.segments] == [grid, grid]
+    assert embeddings.shape == (2, math.prod(grid) + around, width)
     assert not model.model.language_model._forward_pre_hooks
 
 

@@ -21,7 +21,7 @@ DataOption = Annotated[
     typer.Option(
         metavar="D",
         help=f"A .jsonl or .parquet file with image, question and perhaps answer, an image folder (with --prompt), "
-        f"or {TINY}: training images of the shipped tiny LLaVA.",
+        f"or {' or '.join(TINY)}: training images of a shipped tiny model.",
     ),
 ]
 CheckpointOption = Annotated[str, typer.Option("--model", metavar="M", help="A transformers checkpoint or its name.")]

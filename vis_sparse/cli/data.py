@@ -8,33 +8,37 @@ from pathlib import Path
 
 from ..calibration.records import Record, SampleError, read_records
 
-TINY = "tiny-train"
+TINY = {"tiny-train": "llava", "tiny-train-qwen2_vl": "qwen2_vl"}
 
 
 def records(data: str, count: int, prompt: str | None) -> list[Record]:
-    """The first `count` records of `data`: a .jsonl or .parquet file, an image folder with one prompt, or "tiny-train",
-    the training images of the shipped tiny LLaVA, all kinds of questions in turn."""
-    if data == TINY:
-        return list(islice(_tiny(), count))
+    """The first `count` records of `data`: a .jsonl or .parquet file, an image folder with one prompt, or a name in
+    `TINY`: the training images of a shipped tiny model, all kinds of questions in turn."""
+    if data in TINY:
+        return list(islice(_tiny(TINY[data]), count))
     if not Path(data).exists():
-        raise SampleError(f"data: got {data!r}, expected a .jsonl or .parquet file, an image folder, or {TINY}")
+        names = " or ".join(TINY)
+        raise SampleError(f"data: got {data!r}, expected a .jsonl or .parquet file, an image folder, or {names}")
     found = list(islice(read_records(data, prompt), count))
     if len(found) < count:
         raise SampleError(f"samples: got {count}, expected at most the {len(found)} of {data}")
     return found
 
 
-def _tiny() -> Iterator[Record]:
+def _tiny(family: str) -> Iterator[Record]:
     import numpy as np
 
-    from ..eval.tiny.data import easy_vqa_scenes, grid_scene
+    from ..eval.tiny.data import easy_vqa_scenes, framed, grid_scene
+    from ..eval.tiny.families import FAMILIES
 
+    sizes = FAMILIES[family].SIZES
     rng = np.random.default_rng(0)
     shapes = easy_vqa_scenes("train")
     while True:
+        sizes = sizes[1:] + sizes[:1]  # so that every kind of question comes in every size
         scene = shapes[rng.integers(len(shapes))]
         asked = [scene.questions[rng.integers(len(scene.questions))]]
         # one question of a grid, so that samples share no image: place, count, exists
         asked += [grid_scene(rng, 3).questions[kind] for kind in range(3)]
-        for question in asked:
+        for question in framed(asked, sizes):
             yield Record(question.image, question.text, question.answer)

@@ -1,21 +1,26 @@
-"""`vis-sparse demo`: the shipped tiny LLaVA on held-out images, dense and under three plans."""
+"""`vis-sparse demo`: a shipped tiny model on held-out images, dense and under three plans."""
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..cli.options import JsonOption, report
+from .tiny import NAMES
+
+Family = Enum("Family", {name: name for name in NAMES}, type=str)
 
 
 def demo_command(
     questions: Annotated[int, typer.Option(min=4, help="Held-out questions, over four kinds.")] = 300,
+    family: Annotated[Family, typer.Option(help="Which tiny model.")] = Family.llava,
     out: Annotated[Path, typer.Option(help="Folder for the picture and the page.")] = Path("out/demo"),
     json_file: JsonOption = None,
 ) -> None:
-    """Show what plans do to a small trained LLaVA: accuracy, FLOPs, KV cache and time, a picture and a page.
+    """Show what plans do to a small trained model: accuracy, FLOPs, KV cache and time, a picture and a page.
 
     Needs the packages of the extra `demo` and no network.
     """
@@ -33,7 +38,7 @@ def demo_command(
 
     disable_progress_bar()  # of loading weights, over in a moment
     with progress("answering and timing") as on_step:
-        results = run_demo(questions, on_step)
+        results = run_demo(questions, family.value, on_step)
     out.mkdir(parents=True, exist_ok=True)
     picture(results, out / "demo.png")
     (out / "demo.html").write_text(page(results), encoding="utf-8")

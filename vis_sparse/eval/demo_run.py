@@ -1,4 +1,4 @@
-"""The demo's measurements: the shipped tiny LLaVA on held-out questions, dense and under plans."""
+"""The demo's measurements: a shipped tiny model on held-out questions, dense and under plans."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import io
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from PIL import Image
+from transformers import AutoProcessor
 
 import vis_sparse
 
@@ -21,8 +22,8 @@ from .measure import Measurement
 from .timing import machine_facts
 from .tiny import checkpoint
 from .tiny.data import KINDS, Question, questions
-from .tiny.model import prompt
-from .tiny.score import answers
+from .tiny.families import FAMILIES, family_of
+from .tiny.score import answers, prepared
 
 PLANS = ("auto", "yopo-25", "yopo-12")
 DENSE, BLIND = "dense", "blind"
@@ -31,21 +32,26 @@ TIMED = 16  # questions in the timed prompt
 REPEATS = 15
 
 
-def run_demo(num_questions: int, on_step: Callable[[int, int], None] = lambda done, total: None) -> dict:
-    """Answer, time and count. Returns the demo's figures as plain data (see `_rows`, `_examples`).
+def run_demo(
+    num_questions: int, family_name: str = "llava", on_step: Callable[[int, int], None] = lambda done, total: None
+) -> dict:
+    """Answer, time and count. Returns the demo's figures as plain data (see `_costs`, `_example`).
 
-    num_questions: in all, spread evenly over the kinds of question. on_step(done, total): called after each batch of
-    answers and each timed turn.
+    num_questions: in all, spread evenly over the kinds of question. family_name: one of `tiny.NAMES`.
+    on_step(done, total): called after each batch of answers and each timed turn.
     """
-    model = LlavaForConditionalGeneration.from_pretrained(checkpoint(), dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(checkpoint())
+    family, folder = FAMILIES[family_name], checkpoint(family_name)
+    model = family.MODEL.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
     shape = shape_of(model)
-    scores = checkpoint() / "heads.safetensors"
+    scores = folder / "heads.safetensors"
     plans = {name: resolve_heads(as_plan(name, shape.layers), shape.heads, shape.kv_heads, scores) for name in PLANS}
     variants = {DENSE: VisualPlan.dense(shape.layers), **plans, BLIND: VisualPlan.vtw(shape.layers, 0)}
     per_kind = max(1, num_questions // len(KINDS))
-    asked = [question for kind in KINDS for question in questions(kind, per_kind)]
-    embeddings, layout = timed_prompt(model, processor, questions("place", TIMED))
+    asked = [question for kind in KINDS for question in questions(kind, per_kind, sizes=family.SIZES)]
+    # One size, so that nothing is padded: the largest.
+    timed = questions("place", TIMED, sizes=family.SIZES[-1:])
+    embeddings, layout = timed_prompt(model, processor, timed)
     measurement = Measurement(model, embeddings, layout, plans)
     batches = [asked[start : start + BATCH] for start in range(0, len(asked), BATCH)]
     done, total = 0, len(variants) * len(batches) + REPEATS * len(measurement.variants)
@@ -71,10 +77,14 @@ def run_demo(num_questions: int, on_step: Callable[[int, int], None] = lambda do
     one = VisualLayout(1, layout.segments[:1])
     return {
         "model": {
+            "family": family_name,
+            "name": family.TITLE,
             "parameters": sum(weight.numel() for weight in model.parameters()),
             "layers": shape.layers,
             "heads": shape.heads,
             "grid": [one.segments[0].height, one.segments[0].width],
+            "visual_tokens": _fewest_and_most(asked, family.PATCH),
+            "image_png": _png(timed[0].image),
         },
         "questions": {kind: per_kind for kind in KINDS},
         "timed": {"batch": TIMED, "text_tokens": text_tokens, "repeats": REPEATS},
@@ -91,18 +101,18 @@ def run_demo(num_questions: int, on_step: Callable[[int, int], None] = lambda do
             if name != BLIND
         ],
         "blind": _accuracy(asked, given[BLIND]),
-        "examples": [_example(asked, given, index * per_kind) for index in range(len(KINDS))],
+        "examples": [
+            # another size of image each time, where there are several
+            _example(asked, given, index * per_kind + index % min(per_kind, len(family.SIZES) or 1))
+            for index in range(len(KINDS))
+        ],
         **machine_facts(model.device),
     }
 
 
 def timed_prompt(model, processor, asked: Sequence[Question]) -> tuple[torch.Tensor, VisualLayout]:
-    """What the decoder is given for `asked`, questions of one length: input embeddings and their layout."""
-    inputs = processor(
-        images=[question.image for question in asked],
-        text=[prompt(question.text) for question in asked],
-        return_tensors="pt",
-    )
+    """What the decoder is given for `asked`, questions of one length, images of one size: embeddings and layout."""
+    inputs = prepared(model, processor, asked)
     kept = []
     hook = model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: kept.append(kwargs["inputs_embeds"]), with_kwargs=True
@@ -113,7 +123,8 @@ def timed_prompt(model, processor, asked: Sequence[Question]) -> tuple[torch.Ten
     finally:
         hook.remove()
     is_image = inputs["input_ids"] == model.config.image_token_id
-    grid = shape_of(model).image.grid
+    width, height = asked[0].image.size
+    grid = height // family_of(model).PATCH, width // family_of(model).PATCH
     layout = VisualLayout.from_grids([[(int(row.int().argmax()), (1, *grid))] for row in is_image])
     return kept[0], layout
 
@@ -143,12 +154,25 @@ def _share(flags) -> float:
 
 
 def _example(asked: Sequence[Question], given: dict[str, list[str]], index: int) -> dict:
-    question, png = asked[index], io.BytesIO()
-    question.image.save(png, "PNG")
+    question = asked[index]
     return {
         "kind": question.kind,
-        "image_png": base64.b64encode(png.getvalue()).decode(),
+        "image_png": _png(question.image),
+        "image_size": list(question.image.size),
         "question": question.text,
         "answer": question.answer,
         "given": {name: words[index] for name, words in given.items()},
     }
+
+
+def _fewest_and_most(asked: Sequence[Question], patch: int) -> list[int]:
+    """Visual tokens of an image."""
+    tokens = [question.image.width * question.image.height // patch**2 for question in asked]
+    return [min(tokens), max(tokens)]
+
+
+def _png(image: Image.Image) -> str:
+    """The image as a base64 PNG."""
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    return base64.b64encode(png.getvalue()).decode()

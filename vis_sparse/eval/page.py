@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import math
 from html import escape
-from pathlib import Path
 
+from .html import CSS, bar, document, table_row
 from .layer_work import outline, runs_in_words
 from .tables import percent, span, three_digits
 
-CSS = Path(__file__).with_name("page.css")
 KIND_NAMES = {"easy_vqa": "easy-VQA", "place": "which digit where", "count": "how many", "exists": "is there one"}
 
 
 def page(results: dict) -> str:
     """The whole page, as HTML text, from the demo's figures."""
-    sections = (_head(results), _accuracy(results), _cost(results), _layers(results), _examples(results), _how(results))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n<title>vis_sparse demo</title>\n'
-        f"<style>\n{CSS.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(sections)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    sections = [_head(results), _accuracy(results), _cost(results), _layers(results), _examples(results), _how(results)]
+    return document("vis_sparse demo", CSS.read_text(encoding="utf-8"), sections)
 
 
 def _head(results: dict) -> str:
     dense, auto = results["plans"][:2]
     asked = sum(results["questions"].values())
-    height, width = results["model"]["grid"]
+    model = results["model"]
+    tokens = " to ".join(str(count) for count in sorted(set(model["visual_tokens"])))
     facts = (
         (f"{auto['flops_visual'] / dense['flops_visual']:.0%}", "of the FLOPs for visual tokens"),
         (f"{auto['kv_bytes'] / dense['kv_bytes']:.0%}", "of the KV cache"),
@@ -40,8 +33,8 @@ def _head(results: dict) -> str:
     return f"""<header>
 <p class="brand">vis_sparse demo</p>
 <h1>Every visual token stays.<br>Its computation need not.</h1>
-<p>A LLaVA of {results["model"]["parameters"] / 1e6:.1f} million parameters, {results["model"]["layers"]} decoder layers
-and {height} × {width} visual tokens answers {asked} held-out questions: unpatched (<b>dense</b>), and under three plans
+<p>A {model["name"]} of {model["parameters"] / 1e6:.1f} million parameters, {model["layers"]} decoder layers
+and {tokens} visual tokens an image answers {asked} held-out questions: unpatched (<b>dense</b>), and under three plans
 for what its visual tokens compute. No plan was trained for. Under <b>auto</b>, the default:</p>
 <dl class="facts">{tiles}</dl>
 </header>"""
@@ -51,10 +44,10 @@ def _accuracy(results: dict) -> str:
     kinds = list(results["questions"])
     heads = "".join(f'<th scope="col">{KIND_NAMES.get(kind, kind)}</th>' for kind in kinds)
     rows = [
-        _row(row["plan"], [percent(row["accuracy"][kind]) for kind in kinds] + [percent(row["same_as_dense"])])
+        table_row(row["plan"], [percent(row["accuracy"][kind]) for kind in kinds] + [percent(row["same_as_dense"])])
         for row in results["plans"]
     ]
-    rows.append(_row("blind", [percent(results["blind"][kind]) for kind in kinds] + [""], "quiet"))
+    rows.append(table_row("blind", [percent(results["blind"][kind]) for kind in kinds] + [""], "quiet"))
     return f"""<section aria-labelledby="accuracy"><h2 id="accuracy">Answers</h2>
 <table><caption>Questions answered exactly, in percent; last, the same answer as dense</caption>
 <thead><tr><th scope="col">plan</th>{heads}<th scope="col">same as dense</th></tr></thead>
@@ -85,23 +78,23 @@ def _cost(results: dict) -> str:
     heads = "".join(f'<th scope="col">{name}</th>' for name, _, _ in quantities)
     rows = []
     for row in results["plans"]:
-        cells = [_bar(three_digits(row[key] / unit), row[key] / dense[key]) for _, key, unit in quantities]
-        rows.append(_row(row["plan"], [*cells, f"{row['speedup']:.2f}×"], raw=True))
-    timed = results["timed"]
+        cells = [bar(three_digits(row[key] / unit), row[key] / dense[key]) for _, key, unit in quantities]
+        rows.append(table_row(row["plan"], [*cells, f"{row['speedup']:.2f}×"]))
+    timed, visual_tokens = results["timed"], math.prod(results["model"]["grid"])
     spans = ", ".join(f"{row['plan']} {span(row['prefill_spread_s'])} ms" for row in results["plans"])
     return f"""<section aria-labelledby="cost"><h2 id="cost">Cost of one question</h2>
 <table><caption>Decoder prefill; bars against dense</caption>
 <thead><tr><th scope="col">plan</th>{heads}<th scope="col">speed-up</th></tr></thead>
 <tbody>{"".join(rows)}</tbody></table>
-<p class="note">Time: a batch of {timed["batch"]} questions of {timed["text_tokens"]} text tokens, plans in turns,
-median of {timed["repeats"]} rounds, divided by the batch. Fastest to slowest round: {spans}. A model this small spends
+<p class="note">Time: a batch of {timed["batch"]} questions, each of {visual_tokens} visual and
+{timed["text_tokens"]} text tokens, plans in turns, median of {timed["repeats"]} rounds, divided by the batch. Fastest to slowest round: {spans}. A model this small spends
 much of its time on other things than arithmetic; <code>vis-sparse bench</code> times full widths.</p>
 </section>"""
 
 
 def _layers(results: dict) -> str:
     height, width = results["model"]["grid"]
-    image = results["examples"][1]["image_png"]
+    image = results["model"]["image_png"]
     shares = sorted({layer["share"] for row in results["plans"] for layer in row["layers"]})
     masks = "".join(_mask(index, share, height, width) for index, share in enumerate(shares))
     columns = "".join(f'<th scope="col"><span>layer</span> {i}</th>' for i in range(results["model"]["layers"]))
@@ -122,7 +115,8 @@ def _layers(results: dict) -> str:
 line encloses what the marked token attends to among visual tokens. Empty: the layer neither reads nor changes visual
 tokens, nothing is dispatched for them.</p>
 <svg width="0" height="0" aria-hidden="true" class="defs"><defs>
-<image id="picture" width="{width}" height="{height}" href="data:image/png;base64,{image}"/>{masks}</defs></svg>
+<image id="picture" width="{width}" height="{height}" preserveAspectRatio="none" \
+href="data:image/png;base64,{image}"/>{masks}</defs></svg>
 <table class="layers"><caption class="hidden">Share of the dense layer's visual work, by plan and layer</caption>
 <thead><tr>{columns}</tr></thead>{"".join(bodies)}</table>
 </section>"""
@@ -166,14 +160,15 @@ def _examples(results: dict) -> str:
             f"<td>{'right' if words == example['answer'] else 'wrong'}</td></tr>"
             for plan, words in example["given"].items()
         ]
+        width, height = example["image_size"]
         cards.append(
-            f'<article><img src="data:image/png;base64,{example["image_png"]}" width="96" height="96" '
+            f'<article><img src="data:image/png;base64,{example["image_png"]}" width="{width}" height="{height}" '
             f'alt="Held-out image, {KIND_NAMES.get(example["kind"], example["kind"])}">'
             f'<h3>{escape(example["question"])}</h3><table><caption class="hidden">Answers</caption>'
             '<thead class="hidden"><tr><th scope="col">plan</th><th scope="col">answer</th><th scope="col">is</th></tr>'
             f"</thead><tbody>{''.join(rows)}</tbody></table></article>"
         )
-    return f"""<section aria-labelledby="examples"><h2 id="examples">The first question of each kind</h2>
+    return f"""<section aria-labelledby="examples"><h2 id="examples">A question of each kind</h2>
 <div class="cards">{"".join(cards)}</div>
 </section>"""
 
@@ -183,19 +178,11 @@ def _how(results: dict) -> str:
     plans = "".join(f"<dt>{escape(row['plan'])}</dt><dd>{escape(row['about'])}</dd>" for row in results["plans"])
     return f"""<section aria-labelledby="how"><h2 id="how">How this was made</h2>
 <dl class="plans">{plans}</dl>
-<p class="note"><code>vis-sparse demo --questions {sum(results["questions"].values())}</code> on {results["date"][:10]};
+<p class="note"><code>vis-sparse demo --family {results["model"]["family"]} --questions \
+{sum(results["questions"].values())}</code> on {results["date"][:10]};
 {escape(machine["cpu"])}, {machine["threads"]} threads, device {escape(machine["device"])}; vis_sparse
 {versions["vis_sparse"]}, torch {versions["torch"]}, transformers {versions["transformers"]},
 Python {versions["python"]}. FLOPs count a multiply-add as two; “all” adds the text tokens; vision tower, projector and
 LM head are the same under every plan and left out, of the time too. Where a plan keeps only some heads, they are those
 with the highest scores of a calibration, shipped with the checkpoint.</p>
 </section>"""
-
-
-def _row(name: str, cells: list[str], css: str = "", raw: bool = False) -> str:
-    columns = "".join(f"<td>{cell if raw else escape(cell)}</td>" for cell in cells)
-    return f'<tr{f" class={css}" if css else ""}><th scope="row">{escape(name)}</th>{columns}</tr>'
-
-
-def _bar(text: str, share: float) -> str:
-    return f'{escape(text)}<i class="bar"><i style="width:{100 * min(share, 1):.1f}%"></i></i>'

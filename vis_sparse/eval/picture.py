@@ -33,7 +33,7 @@ def picture(results: dict, file: Path) -> None:
     for axes, example in zip(above.subplots(1, len(examples)), examples, strict=True):
         _draw_example(axes, example)
     above.subplots_adjust(left=side, right=1 - 1.5 / wide, top=0.8, bottom=0.08, wspace=1.1)
-    image = decoded(examples[1]["image_png"])
+    image = decoded(results["model"]["image_png"])
     for axes_row, plan in zip(below.subplots(len(plans), layers), plans, strict=True):
         for index, (axes, layer) in enumerate(zip(axes_row, plan["layers"], strict=True)):
             _draw_layer(axes, layer, image, results["model"]["grid"])
@@ -50,7 +50,10 @@ def decoded(png: str) -> np.ndarray:
 
 
 def _draw_example(axes, example: dict) -> None:
-    axes.imshow(decoded(example["image_png"]))
+    image = decoded(example["image_png"])
+    axes.imshow(image)
+    side = max(image.shape[:2]) - 0.5
+    axes.set(xlim=(-0.5, side), ylim=(side, -0.5))  # the same room for the words whatever the image's shape
     _frame(axes, LINE)
     axes.set_title(example["question"], fontsize=9, color=INK, loc="left", pad=7)
     for index, (plan, words) in enumerate(example["given"].items()):

@@ -1,8 +1,11 @@
-"""A small trained LLaVA, shipped with its data, its training and its scorer."""
+"""Small trained models, shipped with their data, their training and their scorer."""
 
 from pathlib import Path
 
+NAMES = ("llava", "qwen2_vl")
 
-def checkpoint() -> Path:
-    """Folder of the trained checkpoint, for `from_pretrained`: 3.0 M parameters, 96x96 images, 144 visual tokens."""
-    return Path(__file__).parent / "llava"
+
+def checkpoint(family: str = "llava") -> Path:
+    """Folder of a trained checkpoint, for `from_pretrained`: "llava" (3.0 M parameters, 144 visual tokens an image) or
+    "qwen2_vl" (3.6 M parameters, 100 to 168 visual tokens an image)."""
+    return Path(__file__).parent / family

@@ -5,12 +5,13 @@ Digit grids (scikit-learn's `load_digits`, 8x8 scans): "which digit is at the to
 digit three appear?" (`count`), "is there a seven?" (`exists`). A digit that a test grid shows is in no training grid.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import easy_vqa
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -25,11 +26,15 @@ IMAGE_SIZE = 96
 CELL = IMAGE_SIZE // 3
 MAX_COUNT = 3
 TRAIN_DIGITS = 1300
+FRAME = 4
+# The frame's colours beside the top, middle and bottom third, and above and below the left, center and right one.
+ROW_COLORS = ((255, 0, 255), (255, 140, 0), (0, 255, 255))
+COLUMN_COLORS = ((120, 0, 200), (180, 255, 0), (255, 150, 180))
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one image: `image` is RGB, 96x96; `text` and `answer` are lower-case words."""
+    """One question about one image: `image` is RGB, 96x96 unless resized; `text` and `answer` are lower-case words."""
 
     image: Image.Image
     text: str
@@ -39,7 +44,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Scene:
-    """A training image (RGB, 96x96), its questions, and what it shows.
+    """A training image (RGB, 96x96 unless resized), its questions, and what it shows.
 
     `cells` holds nine digit words or `EMPTY` in raster order, and is empty for easy-VQA; `shape` and `color` are None
     for a grid, and where the questions of an easy-VQA image do not give them away.
@@ -52,22 +57,48 @@ class Scene:
     color: str | None = None
 
 
-def questions(kind: str, n: int, seed: int = 0) -> list[Question]:
+def questions(kind: str, n: int, seed: int = 0, sizes: Sequence[tuple[int, int]] = ()) -> list[Question]:
     """The first `n` held-out questions of a kind (one of `KINDS`), from test images and test digits only.
 
-    The sequence is fixed by `seed`: a larger `n` only adds questions. Every grid question has a grid of its own; counts
+    sizes: image sizes (height, width), taken in turns with a frame around each image; empty: 96x96 without one. The
+    sequence is fixed by `seed`: a larger `n` only adds questions. Every grid question has a grid of its own; counts
     are uniform over 0..3, `exists` is yes or no with even odds. easy-VQA has 9,673 questions about 1,000 images.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
     rng = np.random.default_rng([seed, KINDS.index(kind)])
     if kind == "easy_vqa":
-        scenes = easy_vqa_scenes("test")
-        pairs = [(scene.image, question) for scene in scenes for question in scene.questions]
-        if n > len(pairs):
-            raise ValueError(f"n: got {n}, but easy-VQA has {len(pairs)} test questions")
-        return [pairs[i][1] for i in rng.permutation(len(pairs))[:n]]
-    return [_held_out_grid_question(kind, rng) for _ in range(n)]
+        asked = [question for scene in easy_vqa_scenes("test") for question in scene.questions]
+        if n > len(asked):
+            raise ValueError(f"n: got {n}, but easy-VQA has {len(asked)} test questions")
+        asked = [asked[i] for i in rng.permutation(len(asked))[:n]]
+    else:
+        asked = [_held_out_grid_question(kind, rng) for _ in range(n)]
+    return framed(asked, sizes)
+
+
+def framed(shown: Sequence, sizes: Sequence[tuple[int, int]]) -> list:
+    """Questions or scenes with their images at `sizes` (height, width) in turns, each in a frame with a ruler's marks.
+
+    The frame is `FRAME` pixels wide and has another colour beside each third of the image: a vision tower without
+    absolute positions (Qwen2-VL's) reads off it where a patch is. No sizes: as they are.
+    """
+    if not sizes:
+        return list(shown)
+    return [replace(one, image=_framed(one.image, *sizes[i % len(sizes)])) for i, one in enumerate(shown)]
+
+
+def _framed(image: Image.Image, height: int, width: int) -> Image.Image:
+    canvas = Image.new("RGB", (width, height))
+    pen = ImageDraw.Draw(canvas)
+    for third in range(3):
+        top, left = third * height // 3, third * width // 3
+        pen.rectangle((0, top, width, height), fill=ROW_COLORS[third])
+        for edge in (0, height - FRAME):
+            pen.rectangle((left, edge, width, edge + FRAME - 1), fill=COLUMN_COLORS[third])
+    inner = image.resize((width - 2 * FRAME, height - 2 * FRAME), Image.Resampling.BICUBIC)
+    canvas.paste(inner, (FRAME, FRAME))
+    return canvas
 
 
 def _held_out_grid_question(kind: str, rng: np.random.Generator) -> Question:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vis_sparse.eval.tiny.data import Question
-from vis_sparse.eval.tiny.model import prompt
+from vis_sparse.eval.tiny.families import family_of
 
 MAX_ANSWER_TOKENS = 4
 
@@ -39,11 +39,16 @@ def score(
 @torch.no_grad()
 def answers(model, processor, questions: Sequence[Question]) -> list[str]:
     """The words that greedy `generate` gives for one batch of questions."""
-    inputs = processor(
+    inputs = prepared(model, processor, questions)
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_ANSWER_TOKENS)
+    return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def prepared(model, processor, questions: Sequence[Question]):
+    """The model's inputs for a batch of questions."""
+    return processor(
         images=[question.image for question in questions],
-        text=[prompt(question.text) for question in questions],
+        text=[family_of(model).prompt(question.text) for question in questions],
         padding=True,
         return_tensors="pt",
     ).to(model.device, model.dtype)
-    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_ANSWER_TOKENS)
-    return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,31 +1,31 @@
-"""The small LLaVA: its shape, its words, its first weights, and its files."""
+"""The small LLaVA: its shape, its first weights, its files, and what training and questions need to know of it."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from PIL import Image
+from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
-    GenerationConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
 )
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from vis_sparse.eval.tiny.data import COLORS, COLUMNS, DIGITS, EMPTY, IMAGE_SIZE, ROWS, SHAPES
+from vis_sparse.eval.tiny.data import IMAGE_SIZE
+from vis_sparse.eval.tiny.files import write_checkpoint
+from vis_sparse.eval.tiny.words import BOS, EOS, IMAGE, PAD, WORD_IDS, WORDS, tokenizer
 
-SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
-PAD, BOS, EOS, UNK, IMAGE = range(len(SPECIAL))
-QUESTION_WORDS = (
-    "user: assistant: ? yes no not is are there a an the in at of image shape color what which digit does do contain "
-    "present how often many appear"
-)
-WORDS = (*SPECIAL, *QUESTION_WORDS.split(), *DIGITS, *ROWS, *COLUMNS, *SHAPES, *COLORS, EMPTY)
+NAME, TITLE = "llava", "LLaVA"
+MODEL = LlavaForConditionalGeneration
+SIZES = ()  # images as they are drawn
+BEFORE, AFTER = (BOS, WORD_IDS["user:"]), ()  # tokens around an image
 PATCH = 8
 GRID = IMAGE_SIZE // PATCH
 CHAT_TEMPLATE = (
@@ -65,22 +65,12 @@ def config() -> LlavaConfig:
 
 def processor() -> LlavaProcessor:
     """CLIP's image preparation at 96x96, one token a word (any case), padding on the left, and the chat template."""
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.normalizer = normalizers.Lowercase()
-    words.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"\?"), "isolated")]
-    )
-    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"}, padding_side="left", model_max_length=1024,
-    )
     images = CLIPImageProcessor(
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     )
     return LlavaProcessor(
-        image_processor=images, tokenizer=tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE,
+        image_processor=images, tokenizer=tokenizer(WORDS, {"image_token": "<image>"}), patch_size=PATCH,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -115,24 +105,30 @@ def _positions(side: int, width: int) -> torch.Tensor:
     return torch.cat([rows, columns], dim=-1).reshape(side * side, width)
 
 
+def pixels(images: Sequence[Image.Image]) -> Tensor:
+    """Images (RGB, 96x96) prepared as the processor does: (B, 3, 96, 96) fp32."""
+    values = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return (values / 255 - mean) / std
+
+
+def visual_tokens(model: LlavaForConditionalGeneration, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Projected patch embeddings, (B, 144, 128)."""
+    tower = model.model.vision_tower
+    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+    for layer in tower.encoder.layers:
+        hidden = layer(hidden, None)
+    return model.model.multi_modal_projector(hidden[:, 1:])
+
+
+def positions(grid: tuple[int, int]) -> Tensor:
+    """Position ids up to the end of the image, (1, tokens) int64."""
+    return torch.arange(len(BEFORE) + grid[0] * grid[1])[None]
+
+
 def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
     """Write config, processor, generation config and fp16 weights under the names of the published LLaVA-1.5 files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = config()
-    settings.architectures = ["LlavaForConditionalGeneration"]
-    settings.dtype = torch.float16
-    settings.save_pretrained(folder)
-    processor().save_pretrained(folder)
-    GenerationConfig(
-        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=4, do_sample=False
-    ).save_pretrained(folder)
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if name != "lm_head.weight":  # tied to the word embeddings
-            tensors[_published_name(name)] = tensor.detach().to(torch.float16).contiguous()
-    weights = folder / "model.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    weights.chmod(0o644)  # safetensors lets nobody else read its files
+    write_checkpoint(folder, model, config(), processor(), _published_name)
 
 
 def _published_name(name: str) -> str:
