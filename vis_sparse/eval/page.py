@@ -87,7 +87,8 @@ def _cost(results: dict) -> str:
 <thead><tr><th scope="col">plan</th>{heads}<th scope="col">speed-up</th></tr></thead>
 <tbody>{"".join(rows)}</tbody></table>
 <p class="note">Time: a batch of {timed["batch"]} questions, each of {visual_tokens} visual and
-{timed["text_tokens"]} text tokens, plans in turns, median of {timed["repeats"]} rounds, divided by the batch. Fastest to slowest round: {spans}. A model this small spends
+{timed["text_tokens"]} text tokens, plans in turns, median of {timed["repeats"]} rounds, divided by the
+batch. Fastest to slowest round: {spans}. A model this small spends
 much of its time on other things than arithmetic; <code>vis-sparse bench</code> times full widths.</p>
 </section>"""
 
