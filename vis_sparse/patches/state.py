@@ -142,6 +142,8 @@ class PatchState:
             position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
         if position_ids.dim() == 3:
             position_ids = position_ids[-3:]  # of M-RoPE; a plane of text positions may lie before them
+        elif "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+            position_ids = position_ids.expand(3, -1, -1)  # older transformers' M-RoPE takes nothing else
         cos, sin = self.executor.decoder.rotary(inputs_embeds, position_ids=position_ids)
         wants_hidden = kwargs.get("output_hidden_states")
         wants_hidden = config.output_hidden_states if wants_hidden is None else wants_hidden
