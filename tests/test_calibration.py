@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -25,6 +27,7 @@ from vis_sparse.calibration.records import SampleError, read_records
 from vis_sparse.calibration.samples import answer_rows, answered, with_answer
 from vis_sparse.cli.data import records
 from vis_sparse.eval.memory import PeakBytes
+from vis_sparse.eval.tiny.data import questions
 from vis_sparse.heads import keep_heads, load_heads, resolve_heads
 from vis_sparse.patches.errors import PatchError
 from vis_sparse.plan import HeadBudget, LayerPlan, Neighborhood, NeuronBudget, PlanError, VisualPlan, with_layer
@@ -385,6 +388,33 @@ def test_records_of_a_jsonl_file(tmp_path):
         records(str(tmp_path / "data.jsonl"), 3, None)
 
 
+def test_records_of_a_parquet_file(tmp_path):
+    """Images as bytes in the file, and as paths beside it."""
+    write_image(tmp_path / "a.png")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "images" / "b.png")
+    images = [{"bytes": (tmp_path / "a.png").read_bytes(), "path": None}, {"bytes": None, "path": "images/b.png"}]
+    table = pyarrow.table({"image": images, "question": ["what?", "why?"], "answer": ["red", None]})
+    pyarrow.parquet.write_table(table, tmp_path / "data.parquet")
+    first, second = records(str(tmp_path / "data.parquet"), 2, None)
+    assert (first.image.size, first.image.getpixel((0, 0)), first.answer) == ((8, 8), (200, 0, 0), "red")
+    assert (second.image, second.question, second.answer) == (tmp_path / "images/b.png", "why?", None)
+
+
+def test_records_of_lmms_evals_tasks(tmp_path, monkeypatch):
+    """A group's tasks come in turn: place, count, exists, as the tiny data says them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    found = records("lmms:digit_grid", 6, None)
+    expected = [questions(kind, 2)[index] for index in range(2) for kind in ("place", "count", "exists")]
+    assert {(r.question, r.answer, r.image.tobytes()) for r in found} == {
+        (question.text, question.answer, question.image.tobytes()) for question in expected
+    }
+    assert len({record.question.split()[0] for record in found[:3]}) == 3
+    with pytest.raises(SampleError, match="tasks: got nothing_such, expected tasks of lmms-eval"):
+        records("lmms:nothing_such", 1, None)
+
+
 def test_records_of_a_folder_come_by_name(tmp_path):
     for name in ("b.png", "a.jpg", "c.txt"):
         write_image(tmp_path / "x.png")
@@ -411,7 +441,9 @@ def test_broken_data_is_refused_by_row(tmp_path, line, message):
 
 
 def test_unknown_data_is_refused(tmp_path):
-    with pytest.raises(SampleError, match="expected a .jsonl or .parquet file, an image folder, or tiny-train"):
+    with pytest.raises(
+        SampleError, match="expected a .jsonl or .parquet file, an image folder, lmms:TASK, or tiny-train"
+    ):
         records("tiny-test", 4, None)
     with pytest.raises(SampleError, match="expected an image folder or a .jsonl or .parquet file"):
         read_records(tmp_path / "data.csv")

@@ -86,7 +86,6 @@ def search_front(
     from .probe import Probe
     from .profiles import Target
     from .samples import on_device
-    from .times import LayerTimes
 
     if not 0 < budget <= 1:
         raise PlanError(f"budget: got {budget!r}, expected a share in (0, 1]")
@@ -100,6 +99,8 @@ def search_front(
     known = Log(log, {"weights": of_weights(target.text_model), "samples": of_samples(samples)})
     middle = int(np.argsort(probe.lengths, kind="stable")[probe.num_samples // 2])
     if cost == "time":
+        from .times import LayerTimes
+
         counted = LayerTimes(Probe(target, samples[middle : middle + 1]), known)
     else:
         counted = partial(_count, COUNTED[cost], shape, probe.layouts[middle], probe.lengths[middle])

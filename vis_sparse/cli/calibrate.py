@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ..calibration import Calibration, calibrate
 from ..eval.progress import progress
-from .data import TINY, records
+from .data import TASKS, TINY, records
 from .heatmap import draw_heads
 from .options import JsonOption, report
 
@@ -20,8 +20,8 @@ DataOption = Annotated[
     str,
     typer.Option(
         metavar="D",
-        help=f"A .jsonl or .parquet file with image, question and perhaps answer, an image folder (with --prompt), "
-        f"or {' or '.join(TINY)}: training images of a shipped tiny model.",
+        help="A .jsonl or .parquet file with image, question and perhaps answer, an image folder (with --prompt), "
+        f"{TASKS}TASK for a task of lmms-eval, or {' or '.join(TINY)}: training images of a shipped tiny model.",
     ),
 ]
 CheckpointOption = Annotated[str, typer.Option("--model", metavar="M", help="A transformers checkpoint or its name.")]

@@ -9,20 +9,32 @@ from pathlib import Path
 from ..calibration.records import Record, SampleError, read_records
 
 TINY = {"tiny-train": "llava", "tiny-train-qwen2_vl": "qwen2_vl"}
+TASKS = "lmms:"
 
 
 def records(data: str, count: int, prompt: str | None) -> list[Record]:
-    """The first `count` records of `data`: a .jsonl or .parquet file, an image folder with one prompt, or a name in
-    `TINY`: the training images of a shipped tiny model, all kinds of questions in turn."""
-    if data in TINY:
-        return list(islice(_tiny(TINY[data]), count))
-    if not Path(data).exists():
-        names = " or ".join(TINY)
-        raise SampleError(f"data: got {data!r}, expected a .jsonl or .parquet file, an image folder, or {names}")
-    found = list(islice(read_records(data, prompt), count))
+    """The first `count` records of `data`: a .jsonl or .parquet file, an image folder with one prompt, "lmms:" and a
+    task or group of lmms-eval, or a name in `TINY`: the training images of a shipped tiny model, all kinds of questions
+    in turn."""
+    found = list(islice(_all_records(data, prompt), count))
     if len(found) < count:
         raise SampleError(f"samples: got {count}, expected at most the {len(found)} of {data}")
     return found
+
+
+def _all_records(data: str, prompt: str | None) -> Iterator[Record]:
+    if data in TINY:
+        return _tiny(TINY[data])
+    if data.startswith(TASKS):
+        from .task_records import task_records
+
+        return task_records(data.removeprefix(TASKS))
+    if not Path(data).exists():
+        raise SampleError(
+            f"data: got {data!r}, expected a .jsonl or .parquet file, an image folder, {TASKS}TASK, or "
+            f"{' or '.join(TINY)}"
+        )
+    return read_records(data, prompt)
 
 
 def _tiny(family: str) -> Iterator[Record]:
