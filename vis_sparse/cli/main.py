@@ -16,6 +16,7 @@ from ..eval.bench import bench_command
 from ..eval.bench_kernels import bench_kernels_command
 from ..eval.demo import demo_command
 from ..eval.evaluate import eval_command
+from ..eval.report import report_command
 from ..internvl2_errors import CheckpointError
 from ..layout import LayoutError
 from ..plan import PlanError
@@ -68,6 +69,7 @@ app.command("demo", epilog="Example: vis-sparse demo --questions 100")(demo_comm
 app.command("eval", epilog="Example: vis-sparse eval --plan dense,yopo-25,yopo-12 --tasks digit_grid --limit 200")(
     eval_command
 )
+app.command("report", epilog="Example: vis-sparse report out/eval/results.json --out report.html")(report_command)
 app.command("calibrate", epilog="Example: vis-sparse calibrate --model DIR --data tiny-train --out calib.safetensors")(
     calibrate_command
 )

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from ...cli.options import tight_table
+from ..pareto import front
 
 INK, QUIET, ACCENT = "#1d2126", "#666d75", "#0a7c72"
 _COLUMNS = {
@@ -135,14 +136,3 @@ def _draw_panel(axes, points: list[dict]) -> None:
     axes.set_xlabel("GFLOPs of prefill a sample", fontsize=8, color=QUIET)
     axes.tick_params(labelsize=7.5)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def front(points: list[dict]) -> list[dict]:
-    """The points that no other beats: by FLOPs upwards, each better than all that are cheaper."""
-    sign = -1 if points[0]["higher_is_better"] is False else 1
-    best, kept = float("-inf"), []
-    for point in sorted(points, key=lambda p: (p["gflops"], -sign * p["value"])):
-        if sign * point["value"] > best:
-            best = sign * point["value"]
-            kept.append(point)
-    return kept

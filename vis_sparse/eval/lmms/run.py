@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from lmms_eval import evaluator
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import handle_non_serializable
@@ -19,6 +20,7 @@ from ... import __version__
 from ...calibration.records import SampleError
 from ...plan import PlanError
 from ..tasks import folder
+from ..timing import machine_facts
 from .columns import COLUMNS
 from .model import load
 
@@ -124,6 +126,7 @@ def _run(model, settings: Settings, plan: str, task: str, manager: TaskManager, 
         "failed": failed,
         "versions": results["versions"],
         "lmms_eval": results["lmms_eval_version"],
+        "run": machine_facts(torch.device(settings.device)),
     }
     _write(file, _json(kept, indent=2) + "\n")  # last: its presence says that the pair is done
     return json.loads(file.read_text())
@@ -167,9 +170,10 @@ def _write(file: Path, text: str) -> None:
 
 
 def summary(pairs: dict[tuple[str, str], dict]) -> list[dict]:
-    """One row a task (subtasks of groups by themselves), plan and metric of the task: {task, plan, metric, value,
-    stderr, higher_is_better, samples, same_as_dense, failed: {document: error}} and the columns of `COLUMNS` (None
-    where not known). same_as_dense: share of answers equal to the dense run's, if there is one."""
+    """One row a task (subtasks of groups by themselves), plan and metric of the task: {model, task, plan, metric,
+    value, stderr, higher_is_better, samples, same_as_dense, failed: {document: error}} and those of `COLUMNS` (None
+    where not known). same_as_dense: share of answers equal to the dense run's, if there is one. Last, machine, versions
+    and date of the run."""
     rows = []
     for (task, plan), kept in pairs.items():
         dense = pairs.get((task, DENSE)) if plan != DENSE else None
@@ -183,6 +187,7 @@ def summary(pairs: dict[tuple[str, str], dict]) -> list[dict]:
                 stderr = values.get(f"{metric}_stderr_clt")
                 rows.append(
                     {
+                        "model": Path(kept["settings"]["model"]).name,
                         "task": name,
                         "plan": plan,
                         "metric": metric,
@@ -193,6 +198,7 @@ def summary(pairs: dict[tuple[str, str], dict]) -> list[dict]:
                         "same_as_dense": same,
                         "failed": kept["failed"][name],
                         **costs,
+                        **kept["run"],
                     }
                 )
     return rows
