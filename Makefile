@@ -6,6 +6,7 @@ READY := $(VENV)/.ready
 BENCH ?= --model llava-1.5-7b --layers 8 --plan dense,auto,yopo-25,yopo-12 --decode
 DEMO ?=
 FAMILY ?= llava
+RESULTS ?=
 TINY ?=
 PYTEST ?= -n 2 -q
 OLD := .venv-old
@@ -16,13 +17,14 @@ LLAVA := --no-deps llava-torch==1.2.2.post1
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test test-old lint bench tiny clean
+.PHONY: help setup demo test test-old lint bench results tiny clean
 help:
 	@echo "make demo    the shipped tiny LLaVA, dense and under three plans, on held-out images: table, PNG, HTML page"
 	@echo "make test    the tests"
 	@echo "make test-old  the tests on transformers 5.17 and torch 2.11, in $(OLD)"
 	@echo "make lint    ruff"
 	@echo "make bench   time of a prefill and a decode step at the width of LLaVA-1.5-7B (8 layers, 6.5 GB of weights)"
+	@echo "make results  every plan and its peers through lmms-eval on the shipped models: the table of the README"
 	@echo "make tiny    train the tiny LLaVA again from nothing (under 90 minutes on 2 cores), or another: FAMILY=qwen2_vl"
 
 setup: $(READY)
@@ -50,6 +52,9 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/vis-sparse bench $(BENCH)
+
+results: $(READY)
+	$(BIN)/python -m vis_sparse.eval.results $(RESULTS)
 
 tiny: $(READY)
 	$(BIN)/python -m vis_sparse.eval.tiny.train --family $(FAMILY) $(TINY)

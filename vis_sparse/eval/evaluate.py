@@ -10,14 +10,15 @@ from typing import Annotated
 import typer
 
 from ..cli.options import JsonOption, report
+from .tiny import NAMES, checkpoint
 
-TINY = "tiny"
+SHIPPED = {f"tiny/{name}": name for name in NAMES}
 
 
 def eval_command(
     model: Annotated[
-        str, typer.Option("--model", metavar="M", help=f"A checkpoint or its name; {TINY}: the shipped tiny LLaVA.")
-    ] = TINY,
+        str, typer.Option("--model", metavar="M", help="A checkpoint or its name; tiny/llava, tiny/qwen2_vl: shipped.")
+    ] = "tiny/llava",
     plan: Annotated[str, typer.Option("--plan", metavar="A,B,...", help="Plans, names or files.")] = "dense,auto",
     tasks: Annotated[
         str, typer.Option("--tasks", metavar="T,...", help="Of lmms-eval, or easy_vqa, digit_grid, digit_grid_turns.")
@@ -64,11 +65,11 @@ def eval_command(
             note = f" (from {out})" if is_known else ""
             typer.echo(f"[{done}/{total}] {name} on {task}{note}", err=True)
 
-        if model == TINY:
-            from .tiny import checkpoint
-
-            model = str(checkpoint())
-            calibration = calibration or checkpoint() / "heads.safetensors"
+        if model in SHIPPED:
+            folder = checkpoint(SHIPPED[model])
+            model, calibration = str(folder), calibration or folder / "heads.safetensors"
+            # lmms-eval's class for Qwen2-VL resizes images to multiples of 28 pixels
+            base = base or "llava_hf"
         settings = Settings(
             model,
             limit,

@@ -187,7 +187,7 @@ def summary(pairs: dict[tuple[str, str], dict]) -> list[dict]:
                 stderr = values.get(f"{metric}_stderr_clt")
                 rows.append(
                     {
-                        "model": Path(kept["settings"]["model"]).name,
+                        "model": "/".join(Path(kept["settings"]["model"]).parts[-2:]),
                         "task": name,
                         "plan": plan,
                         "metric": metric,

@@ -2,6 +2,7 @@
 
 lmms-eval imports this file by its path, once for every name that a task's YAML takes from it. The data sets are names
 too, `<kind>_data`: reading one gives the arguments of `datasets.load_dataset`, and makes its file first if need be.
+`<kind>_framed_data` has the same questions about images of several sizes in frames, as the tiny Qwen2-VL knows them.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ def _cache() -> Path:
 
 def _questions(kind: str):
     from vis_sparse.eval.tiny.data import questions
+    from vis_sparse.eval.tiny.model_qwen2_vl import SIZES
 
-    asked = questions(kind, QUESTIONS)
+    kind, is_framed, _ = kind.partition("_framed")
+    asked = questions(kind, QUESTIONS, sizes=SIZES if is_framed else ())
     return _dataset([q.image for q in asked], question=[q.text for q in asked], answer=[q.answer for q in asked])
 
 

@@ -1,0 +1,135 @@
+"""`make results`: all shipped plans and their peers on tasks for the shipped models, by lmms-eval.
+
+`python -m vis_sparse.eval.results --out FOLDER` runs `vis-sparse eval` for each model, resumable, and writes the
+tables into README.md between two marks, and `report.html` into FOLDER.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..cost import flops
+from ..plan import VisualPlan
+from ..shapes import load_shape
+from .lmms.report import write_tables
+from .lmms.run import Settings, evaluate
+from .report_page import page
+from .tiny import checkpoint
+
+SHIPPED = (
+    "dense", "auto", "hollow", "vskip", "shortv", "vtw", "vica", "yopo-25", "yopo-12", "pyramiddrop",
+)  # fmt: skip
+TASKS = {
+    "llava": ["easy_vqa", "digit_grid", "digit_grid_turns"],
+    "qwen2_vl": ["easy_vqa_framed", "digit_grid_framed"],
+}
+# Token pruning at equal shares of the visual FLOPs, with the layers that it keeps whole there.
+BUDGETS = {0.5: 2, 0.25: 1}
+ORDERS = {"fastv": "attention", "random": "random", "stride": "stride"}
+IMAGE, TEXT = (96, 96), 14  # a typical prompt of the tasks: pixels of the image, tokens of text
+PAIRED = 64  # samples of each task timed under the plan and unpatched
+TURNS = {"exact_match": "turns", "first_turn": "turn 1", "later_turns": "turns 2-4"}
+START, END = "<!-- results: written by make results -->", "<!-- end of results -->"
+
+
+def pruned(family: str) -> Iterator[VisualPlan]:
+    """Plans that drop tokens, as many as spend at most a budget: FastV's order, a random one, a regular sub-grid."""
+    shape = load_shape(checkpoint(family))
+
+    def spent(plan: VisualPlan | str) -> int:
+        return flops(shape, plan, image_size=IMAGE, text_tokens=TEXT, text_before=2).prefill.lane("visual")
+
+    for budget, after in BUDGETS.items():
+        for name, by in ORDERS.items():
+            plans = (VisualPlan.fastv(shape.layers, after, share / 100, by) for share in range(1, 100))
+            affordable = [plan for plan in plans if spent(plan) <= budget * spent("dense")]
+            yield affordable[-1].replace(name=f"{name}-{budget:.0%}".removesuffix("%"))
+
+
+def measure(family: str, limit: int, out: Path) -> list[dict]:
+    """Rows of lmms-eval for every plan, kept in `out` so that a second call goes on."""
+    out.mkdir(parents=True, exist_ok=True)
+    plans = list(SHIPPED)
+    for plan in pruned(family):
+        plans.append(str(out / f"{plan.name}.yaml"))
+        Path(plans[-1]).write_text(plan.to_yaml(), encoding="utf-8")
+    folder = checkpoint(family)
+    settings = Settings(
+        str(folder), limit, calibration=str(folder / "heads.safetensors"), paired=PAIRED, base="llava_hf"
+    )
+    rows = evaluate(settings, plans, TASKS[family], out, lambda task, plan, known: print(task, plan, known, flush=True))
+    write_tables(rows, out)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: a line a plan with its costs, means over the tasks of single questions, and its score in each task."""
+    columns = list(dict.fromkeys((row["task"], row["metric"]) for row in rows))
+    lines = ["| plan | FLOPs | KV cache | speed-up | " + " | ".join(_heading(*column) for column in columns) + " |"]
+    lines.append("| --- |" + " --- |" * (3 + len(columns)))
+    for name in dict.fromkeys(row["plan"] for row in rows):
+        own = {(row["task"], row["metric"]): row for row in rows if row["plan"] == name}
+        single = [row for (_, metric), row in own.items() if metric == "exact_match" and "turns" not in row["task"]]
+        speedups = [row["speedup"] for row in single if row["speedup"] is not None]
+        cells = [
+            Path(name).stem,
+            *(f"{_mean(single, part) / _mean(single, f'{part}_dense'):.0%}" for part in ("gflops", "kv_mib")),
+            f"{sum(speedups) / len(speedups):.2f}" if speedups else "1",
+            *(f"{100 * own[column]['value']:.1f}" if column in own else "" for column in columns),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _heading(task: str, metric: str) -> str:
+    return TURNS[metric] if "turns" in task else task.replace("digit_grid_", "").replace("framed", "").strip("_")
+
+
+def _mean(rows: list[dict], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows)
+
+
+def section(results: dict[str, list[dict]]) -> str:
+    """What stands between the marks: a table a model, and where and when it was measured."""
+    parts = []
+    for family, rows in results.items():
+        first = rows[0]
+        facts = first["versions"]
+        parts.append(
+            f"**{first['model']}** ({family}), {first['samples']} samples of each task; {first['machine']['cpu']}, "
+            f"{first['machine']['threads']} threads, torch {facts['torch']}, transformers {facts['transformers']}, "
+            f"{first['date'][:10]}:\n\n{table(rows)}"
+        )
+    return "\n\n".join(parts)
+
+
+def insert(readme: str, text: str) -> str:
+    """`readme` with `text` between the marks. Raises ValueError if they are not there."""
+    if START not in readme or END not in readme:
+        raise ValueError(f"README: expected the marks {START!r} and {END!r}")
+    before, after = readme[: readme.index(START)], readme[readme.index(END) :]
+    return f"{before}{START}\n{text}\n{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/results"), metavar="FOLDER")
+    parser.add_argument("--limit", type=int, default=300, help="samples of each task")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE")
+    given = parser.parse_args()
+    results = {family: measure(family, given.limit, given.out / family) for family in TASKS}
+    rows = [row for own in results.values() for row in own]
+    (given.out / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    kinds = {"eval": rows, "bench": [], "peers": []}
+    from ..calibration import Calibration
+
+    maps = [Calibration.load(checkpoint(family) / "heads.safetensors") for family in TASKS]
+    (given.out / "report.html").write_text(page(kinds, maps, load_shape(checkpoint())), encoding="utf-8")
+    given.readme.write_text(insert(given.readme.read_text(encoding="utf-8"), section(results)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
