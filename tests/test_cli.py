@@ -136,6 +136,13 @@ def test_flops_settings_reach_the_count():
     assert data["plans"][1] == json.loads(json.dumps(auto.to_dict())) | {"of_dense": auto.total / dense.total}
 
 
+def test_frames_of_a_video_reach_the_count():
+    data = read_json("flops", "--model", "qwen2-vl-7b", "--image-size", "640x448", "--video-frames", 16)
+    video = flops("qwen2-vl-7b", "dense", image_size=(448, 640), video_frames=16)
+    assert data["dense"] == json.loads(json.dumps(video.to_dict()))
+    assert data["dense"]["visual_tokens"] == 8 * 16 * 23
+
+
 def test_fewer_text_tokens_than_the_default_before_the_image():
     assert read_json("flops", "--text-tokens", 8)["dense"]["text_tokens"] == 8
     result = run("flops", "--text-tokens", 8, "--text-before", 9)
@@ -166,6 +173,7 @@ def test_a_checkpoint_folder_is_a_model(tmp_path):
         (("flops", "--plan", ","), "plan: got ',', expected one name or several with commas between them"),
         (("flops", "--model", "llava-1.5"), "model: got 'llava-1.5', expected a folder with a config.json or one of"),
         (("flops", "--image-size", "672"), "image-size: got '672', expected WIDTHxHEIGHT in pixels, like 672x336"),
+        (("flops", "--video-frames", 8), "video_frames: got 8, expected 0: llava-1.5-7b has no rule for videos"),
         (("flops", "--convention", "tflops"), "convention: got 'tflops', expected one of executed, paper, macs, fastv"),
         (("plan", "show", "nothing"), "plan: got 'nothing', expected a file or one of"),
     ],

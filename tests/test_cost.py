@@ -4,9 +4,11 @@ import dataclasses
 import itertools
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
+import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,7 +27,7 @@ from vis_sparse.layout import LayoutError, VisualLayout
 from vis_sparse.packing import visual_coordinates
 from vis_sparse.pairs import left_pairs, neighborhood_pairs
 from vis_sparse.plan import LayerPlan, Neighborhood, PlanError, TokenBudget, VisualPlan
-from vis_sparse.shapes import ModelShape, ShapeError
+from vis_sparse.shapes import ModelShape, ShapeError, shape_of
 from vis_sparse.tokens import left_by_layer
 
 TERA = 1e12
@@ -356,6 +358,74 @@ def test_the_vision_tower_and_the_projector_are_what_torch_counts():
     assert prefill.vision_tower + prefill.projector == total
 
 
+SMALL_TEXT = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+PLANES = {"rope_parameters": SMALL_TEXT["rope_parameters"] | {"mrope_section": [2, 2, 2]}}
+DEPTH = {"depth": 2, "num_heads": 2}
+
+
+def frames_of_llava(kind, tower, **settings):
+    config = getattr(hf, f"{kind}Config")(
+        text_config=LlamaConfig(**SMALL_TEXT), vision_config=tower(**VISION, image_size=56, patch_size=14), **settings
+    )
+    model = getattr(hf, f"{kind}ForConditionalGeneration")(config)
+    strategy = {"vision_feature_select_strategy": config.vision_feature_select_strategy}
+    pixels = torch.zeros(1, 5, 3, 56, 56, device="meta")
+    run = model.model.get_video_features
+    return model.to("meta"), lambda: run(pixel_values_videos=pixels, vision_feature_layer=-1, **strategy)
+
+
+def frames_of_qwen(kind, vision):
+    config = getattr(hf, f"{kind}Config")(text_config=SMALL_TEXT | PLANES, vision_config=vision | DEPTH)
+    model = getattr(hf, f"{kind}ForConditionalGeneration")._from_config(config, attn_implementation="eager")
+    tower = config.vision_config
+    grid = torch.tensor([[3, 4, 6]])  # five frames, the last twice
+    pixels = torch.zeros(3 * 4 * 6, 3 * 2 * tower.patch_size**2)
+    return model, lambda: model.model.get_video_features(pixel_values_videos=pixels, video_grid_thw=grid)
+
+
+@pytest.mark.parametrize(
+    ("made", "size"),
+    [
+        (lambda: frames_of_llava("LlavaNextVideo", CLIPVisionConfig), None),
+        (lambda: frames_of_llava("LlavaOnevision", partial(hf.SiglipVisionConfig, vision_use_head=False)), None),
+        (lambda: frames_of_qwen("Qwen2VL", {"embed_dim": 32, "hidden_size": 24}), (56, 84)),
+        (
+            lambda: frames_of_qwen(
+                "Qwen3VL",
+                {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 24, "deepstack_visual_indexes": [0]},
+            ),
+            (64, 96),
+        ),
+    ],
+    ids=["llava-next-video", "llava-onevision", "qwen2-vl", "qwen3-vl"],
+)
+def test_the_vision_tower_and_the_projector_of_a_video_are_what_torch_counts(made, size):
+    model, forward = made()
+    shape = shape_of(model)
+    if size:  # frames too small for the bounds stay as they are
+        shape = dataclasses.replace(shape, video=dataclasses.replace(shape.video, min_pixels=1))
+    prefill = flops(shape, "dense", video_frames=5, image_size=size).prefill
+    assert prefill.vision_tower + prefill.projector == counted(forward)
+
+
+def test_a_video_stands_after_the_images_or_alone():
+    video = flops("internvl2-8b", "dense", video_frames=3)
+    assert (video.visual_tokens, video.text_tokens) == (3 * 256, 64)
+    same = VisualLayout.from_grids([[(35 + 256 * frame, (1, 16, 16)) for frame in range(3)]])
+    assert video.prefill.layers == flops("internvl2-8b", "dense", layout=same).prefill.layers
+    both = flops("internvl2-8b", "dense", images=2, video_frames=3, image_size=(448, 448), batch=2)
+    assert both.visual_tokens == 2 * (2 + 3) * 256
+    assert both.prefill.vision_tower * 3 == 10 * video.prefill.vision_tower
+
+
 def test_the_default_layout():
     report = flops("llava-next-7b", "dense", image_size=(672, 672), text_tokens=50, text_before=20, images=2, batch=3)
     assert (report.visual_tokens, report.text_tokens, report.batch) == (3 * 2 * 2928, 150, 3)
@@ -441,6 +511,8 @@ def test_the_report_adds_up_and_goes_to_json():
         ({"layout": LAYOUT, "batch": 3}, LayoutError, "layout: got a batch of 3, expected a multiple of 2"),
         ({"images": -1}, ShapeError, "images: got -1 of 336 x 336 pixels, expected a count >= 0 and sides >= 1"),
         ({"model": SMALL}, ShapeError, "model: small has no rule from image sizes to visual tokens, expected layout="),
+        ({"video_frames": -1}, ShapeError, "video_frames: got -1, expected a count >= 0"),
+        ({"video_frames": 8}, ShapeError, "video_frames: got 8, expected 0: llava-1.5-7b has no rule for videos"),
         ({"model": "gpt"}, ShapeError, "model: got 'gpt', expected a folder with a config.json or one of"),
     ],
 )

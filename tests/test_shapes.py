@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,20 +10,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     CLIPVisionConfig,
+    Idefics3Config,
     InternVLConfig,
+    InternVLProcessor,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
+    LlavaNextVideoConfig,
+    LlavaNextVideoProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionProcessor,
+    Qwen2_5_VLConfig,
     Qwen2VLConfig,
+    Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLVideoProcessor,
+    SiglipVisionConfig,
+    VipLlavaConfig,
 )
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from vis_sparse.image_grids import FixedGrid, SmartResize
-from vis_sparse.shape_config import shape_of_config
+from vis_sparse.cost import flops
+from vis_sparse.image_grids import FixedGrid, SmartResize, encode_images
+from vis_sparse.shape_config import MODEL_TYPES, shape_of_config
 from vis_sparse.shapes import ShapeError, as_shape, load_shape, shape_names, shape_of
 
 NEXT, QWEN, INTERN = (load_shape(name).image for name in ("llava-next-7b", "qwen2-vl-7b", "internvl2-8b"))
@@ -146,6 +160,92 @@ def test_internvl_tiles_are_transformers(size):
     assert encoded.projected == 256 * tiles
 
 
+def tokens_of(encoded):
+    return sum(map(math.prod, encoded.grids))
+
+
+ONEVISION = shape_of_config(LlavaOnevisionConfig(), "onevision")
+NEXT_VIDEO = shape_of_config(LlavaNextVideoConfig(), "next-video")
+QWEN3 = shape_of_config(Qwen3VLConfig(), "qwen3")
+
+
+@given(sizes)
+def test_onevision_images_are_transformers(size):
+    processor = object.__new__(LlavaOnevisionProcessor)
+    processor.image_processor = SimpleNamespace(image_grid_pinpoints=LlavaOnevisionConfig().image_grid_pinpoints)
+    processor.num_image_tokens, processor.vision_aspect_ratio = 27 * 27, "anyres_max_9"
+    assert tokens_of(ONEVISION.image.encode(*size)) == processor._get_number_of_features(*size, 384, 384)
+    several = encode_images(ONEVISION.image, 2, *size)
+    assert [each.grids for each in several] == [((1, 27, 27), (1, 1, 1))] * 2
+
+
+def processed(processor, frames, height, width):
+    """The grid (times, rows, columns) in patches of a video, as the processor gives it to the model."""
+    video = torch.zeros(frames, 3, height, width, dtype=torch.uint8)
+    return tuple(processor(videos=[video], return_tensors="pt")["video_grid_thw"][0].tolist())
+
+
+VIDEOS = [(1, 100, 100), (4, 96, 640), (5, 600, 800), (2, 1000, 1400), (7, 31, 130)]
+
+
+@pytest.mark.parametrize("video", VIDEOS)
+def test_videos_of_qwen2_vl_are_transformers(video):
+    times, rows, columns = processed(Qwen2VLVideoProcessor(cap_pixels_per_frame=False), *video)
+    for rule in (load_shape("qwen2-vl-7b").video, shape_of_config(Qwen2_5_VLConfig(), "qwen2.5").video):
+        encoded = rule.encode(*video)
+        assert encoded.grids == ((times, rows // 2, columns // 2),)
+        assert encoded.sequences == (rows * columns,) * times
+        assert encoded.projected == times * rows * columns // 4
+
+
+# the released checkpoints' bounds; the last one's pixels are over them
+QWEN3_BOUNDS = {"shortest_edge": 4096, "longest_edge": 25165824}
+
+
+@pytest.mark.parametrize("video", VIDEOS[1:])
+def test_videos_of_qwen3_vl_are_transformers(video):
+    processor = Qwen3VLVideoProcessor(size=QWEN3_BOUNDS, do_sample_frames=False, cap_pixels_per_frame=False)
+    times, rows, columns = processed(processor, *video)
+    encoded = QWEN3.video.encode(*video)
+    assert encoded.grids == ((1, rows // 2, columns // 2),) * times
+    assert encoded.sequences == (rows * columns,) * times
+    assert encoded.projected == times * rows * columns // 4
+
+
+@given(st.integers(1, 200), sizes)
+def test_numbers_of_qwen_video_patches_are_transformers(frames, size):
+    if max(size) > 100 * min(size):  # sides that are scaled up first, and rounded, can end over 200
+        return
+    for rule, processor in (
+        (load_shape("qwen2-vl-7b").video, Qwen2VLVideoProcessor(cap_pixels_per_frame=False)),
+        (QWEN3.video, Qwen3VLVideoProcessor(size=QWEN3_BOUNDS, cap_pixels_per_frame=False)),
+    ):
+        if frames == 1 and rule is QWEN3.video:
+            with pytest.raises(ShapeError, match="^video_frames: got 1, expected at least the 2 of a patch$"):
+                rule.encode(frames, *size)
+            continue
+        assert sum(rule.encode(frames, *size).sequences) == processor.get_num_of_video_patches(frames, *size, {})
+
+
+@pytest.mark.parametrize("frames", [1, 16])
+def test_videos_of_frames_of_one_size_are_transformers(frames):
+    def placeholders(processor, pixels, **settings):
+        settings = SimpleNamespace(video_token="v", **settings)
+        return processor.replace_video_token(settings, {"pixel_values_videos": pixels}, 0).count("v")
+
+    pixels = torch.empty(1, frames, 3, 336, 336)
+    encoded = ONEVISION.video.encode(frames, 5, 7)
+    assert encoded.grids == ((frames, 14, 14), (1, 1, 1))
+    assert tokens_of(encoded) == placeholders(LlavaOnevisionProcessor, pixels, num_image_tokens=729)
+    encoded = NEXT_VIDEO.video.encode(frames, 5, 7)
+    assert encoded.grids == ((frames, 12, 12),)
+    assert tokens_of(encoded) == placeholders(LlavaNextVideoProcessor, pixels, patch_size=14)
+    encoded = load_shape("internvl2-8b").video.encode(frames, 5, 7)
+    assert encoded.grids == ((1, 16, 16),) * frames
+    markers = {"start_image_token": "", "end_image_token": "", "image_token": "v", "image_seq_length": 256}
+    assert tokens_of(encoded) == placeholders(InternVLProcessor, pixels, **markers)
+
+
 def test_a_live_model_and_its_folder_have_one_shape(tmp_path):
     config = LlavaConfig(text_config=LlamaConfig(**TEXT, head_dim=24), vision_config=CLIPVisionConfig(**CLIP))
     with torch.device("meta"):
@@ -179,12 +279,33 @@ def test_configs_of_the_other_families():
     shape = shape_of_config(Qwen2VLConfig(text_config=TEXT | {"vocab_size": 200000}), "qwen")
     shipped = load_shape("qwen2-vl-7b")
     assert (shape.vision, shape.projector, shape.qkv_bias) == (shipped.vision, shipped.projector, True)
-    assert shape.image == shipped.image
+    assert (shape.image, shape.video) == (shipped.image, shipped.video)
     assert isinstance(shape.image, SmartResize)
     shape = shape_of_config(InternVLConfig(text_config=LlamaConfig(**TEXT)), "intern")
     shipped = load_shape("internvl2-8b")
-    assert (shape.vision, shape.image) == (shipped.vision, shipped.image)
+    assert (shape.vision, shape.image, shape.video) == (shipped.vision, shipped.image, shipped.video)
     assert shape.projector == ((4096, 64), (64, 64))
+    vip = shape_of_config(VipLlavaConfig(), "vip")
+    assert (vip.image.grid, vip.projector[0]) == ((24, 24), (5 * 1024, 4096))
+    qwen = shape_of_config(Qwen2_5_VLConfig(), "qwen2.5")
+    assert (qwen.image, qwen.video) == (load_shape("qwen2-vl-7b").image, load_shape("qwen2-vl-7b").video)
+    assert (qwen.vision, qwen.projector, qwen.qkv_bias) == (None, (), True)
+
+
+def test_a_pooling_that_computes_is_no_rule_of_videos():
+    shape = shape_of_config(LlavaNextVideoConfig(spatial_pool_mode="conv"), "conv")
+    assert (shape.image, shape.video) == (NEXT_VIDEO.image, None)
+
+
+def test_a_family_without_a_rule_is_refused_with_those_that_have_one(tmp_path):
+    Idefics3Config(vision_config=SiglipVisionConfig().to_dict()).save_pretrained(tmp_path / "idefics")
+    message = (
+        "model: idefics has no rule from image sizes to visual tokens, expected layout= or a model of type "
+        "internvl, llava, llava_next, llava_next_video, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl, vipllava"
+    )
+    with pytest.raises(ShapeError, match=f"^{re.escape(message)}$"):
+        flops(tmp_path / "idefics", "dense")
+    assert message.endswith(", ".join(MODEL_TYPES))
 
 
 def test_a_folder_that_transformers_does_not_know_is_refused(tmp_path):

@@ -17,11 +17,12 @@ from pathlib import Path
 from .cost_conventions import executed, fastv, macs, paper, tokens_by_layer
 from .cost_report import CostReport
 from .heads import resolve_heads
-from .image_grids import EncodedImage, Grid
+from .image_grids import EncodedImage, Grid, encode_images
 from .layout import LayoutError, VisualLayout
 from .plan import PlanError, PlanRecipe, VisualPlan
 from .plan_yaml import as_plan
 from .schedule import schedule
+from .shape_config import MODEL_TYPES
 from .shapes import ModelShape, ShapeError, as_shape
 
 CONVENTIONS = {"executed": executed, "paper": paper, "macs": macs, "fastv": fastv}
@@ -34,8 +35,9 @@ def flops(
     layout: VisualLayout | None = None,
     text_tokens: int = 64,
     text_before: int = 35,
-    images: int = 1,
+    images: int | None = None,
     image_size: tuple[int, int] | None = None,
+    video_frames: int = 0,
     batch: int = 1,
     convention: str = "executed",
     heads="first",
@@ -45,8 +47,9 @@ def flops(
     """Count `plan` on `model`: a `ModelShape`, a shipped name, a checkpoint folder, or a live transformers model.
 
     layout: where the visual tokens lie, positions without padding; by default each sample has `images` images of
-    `image_size` (height, width) pixels in a row after `text_before` text tokens. With a layout, the vision tower and
-    the projector are not counted: it doesn't say what they ran. text_tokens: text tokens of a sample in all. batch:
+    `image_size` (height, width) pixels in a row after `text_before` text tokens, then a video of `video_frames`
+    sampled frames of that size, if any; images is 1 by default, 0 with a video. With a layout, the vision tower and the
+    projector are not counted: it doesn't say what they ran. text_tokens: text tokens of a sample in all. batch:
     samples; a given layout is repeated to fill it. heads: as in `resolve_heads`; the default lets the first heads
     stand in for a budget's. kv_dtype_bytes: bytes of a cached value.
 
@@ -63,7 +66,7 @@ def flops(
     plan.check_fits(shape.layers, shape.heads, shape.ffn)
     encoded = ()
     if layout is None:
-        encoded = _encode(shape, images, image_size)
+        encoded = _encode(shape, images, image_size, video_frames)
         layout = _in_a_row([grid for image in encoded for grid in image.grids], text_tokens, text_before)
     if batch != 1:
         layout = layout.expanded(batch)
@@ -96,13 +99,27 @@ def flops(
     )
 
 
-def _encode(shape: ModelShape, images: int, image_size: tuple[int, int] | None) -> tuple[EncodedImage, ...]:
+def _encode(
+    shape: ModelShape, images: int | None, image_size: tuple[int, int] | None, video_frames: int
+) -> tuple[EncodedImage, ...]:
     if shape.image is None:
-        raise ShapeError(f"model: {shape.name} has no rule from image sizes to visual tokens, expected layout=")
+        raise ShapeError(
+            f"model: {shape.name} has no rule from image sizes to visual tokens, expected layout= or a model of type "
+            f"{', '.join(MODEL_TYPES)}"
+        )
+    if images is None:
+        images = 0 if video_frames else 1
     height, width = image_size or shape.image.default_size
     if images < 0 or height < 1 or width < 1:
         raise ShapeError(f"images: got {images} of {height} x {width} pixels, expected a count >= 0 and sides >= 1")
-    return (shape.image.encode(height, width),) * images
+    encoded = encode_images(shape.image, images, height, width)
+    if video_frames < 0:
+        raise ShapeError(f"video_frames: got {video_frames}, expected a count >= 0")
+    if not video_frames:
+        return encoded
+    if shape.video is None:
+        raise ShapeError(f"video_frames: got {video_frames}, expected 0: {shape.name} has no rule for videos")
+    return (*encoded, shape.video.encode(video_frames, height, width))
 
 
 def _in_a_row(grids: list[Grid], text_tokens: int, text_before: int) -> VisualLayout:

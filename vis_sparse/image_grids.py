@@ -7,7 +7,7 @@ One class a rule, holding the rule's settings (they come from a shape file or a 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Grid = tuple[int, int, int]
 
@@ -18,7 +18,7 @@ class ShapeError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """What one image becomes.
+    """What one image or video becomes.
 
     grids: (frames, height, width) in tokens of each segment, in sequence order. sequences: patches of each sequence
     that the vision tower attends within, class token not counted. projected: rows that pass through the projector.
@@ -81,6 +81,48 @@ class AnyRes:
 
 
 @dataclass(frozen=True, slots=True)
+class OneVision(AnyRes):
+    """LLaVA-OneVision: as AnyRes, but the tiles' grid shrinks to what `max_tiles` tiles hold, if it is well above it.
+
+    An image that is not the only one of its sample is its base view alone, with one newline token.
+    """
+
+    max_tiles: int
+
+    def encode(self, height: int, width: int) -> EncodedImage:
+        encoded = AnyRes.encode(self, height, width)
+        base, (_, rows, columns) = encoded.grids
+        ratio = math.sqrt(rows * (columns - 1) / (self.max_tiles * self.grid[0] * self.grid[1]))
+        if ratio > 1.1:
+            rows, columns = int(rows // ratio), int((columns - 1) // ratio) + 1
+        return replace(encoded, grids=(base, (1, rows, columns)))
+
+    def encode_one_of_several(self) -> EncodedImage:
+        size = self.grid[0] * self.grid[1]
+        return EncodedImage(((1, *self.grid), (1, 1, 1)), (size,), size)
+
+
+def smart_resize(
+    height: int, width: int, unit: int, min_pixels: int, max_pixels: int, frames: int = 1, counted: int = 1
+) -> tuple[int, int]:
+    """Sides in units of `unit` pixels, the nearest that keep the pixels of `frames` frames within bounds.
+
+    counted: frames by which the rounded sides are held against the bounds.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise ShapeError(f"image size: got {width} x {height} pixels, expected an aspect ratio of at most 200")
+    rows, columns = (round(side / unit) for side in (height, width))
+    pixels = counted * rows * columns * unit**2
+    if pixels > max_pixels:
+        shrink = math.sqrt(frames * height * width / max_pixels)
+        rows, columns = (max(1, math.floor(side / shrink / unit)) for side in (height, width))
+    elif pixels < min_pixels:
+        grow = math.sqrt(min_pixels / (frames * height * width))
+        rows, columns = (math.ceil(side * grow / unit) for side in (height, width))
+    return rows, columns
+
+
+@dataclass(frozen=True, slots=True)
 class SmartResize:
     """Qwen2-VL: sides rounded to whole merged patches, the area kept within bounds. patch: pixels; merge: patches."""
 
@@ -91,16 +133,7 @@ class SmartResize:
     default_size: tuple[int, int]
 
     def encode(self, height: int, width: int) -> EncodedImage:
-        if max(height, width) > 200 * min(height, width):
-            raise ShapeError(f"image size: got {width} x {height} pixels, expected an aspect ratio of at most 200")
-        unit = self.patch * self.merge
-        rows, columns = (round(side / unit) for side in (height, width))
-        if rows * columns * unit**2 > self.max_pixels:
-            shrink = math.sqrt(height * width / self.max_pixels)
-            rows, columns = (max(1, math.floor(side / shrink / unit)) for side in (height, width))
-        elif rows * columns * unit**2 < self.min_pixels:
-            grow = math.sqrt(self.min_pixels / (height * width))
-            rows, columns = (math.ceil(side * grow / unit) for side in (height, width))
+        rows, columns = smart_resize(height, width, self.patch * self.merge, self.min_pixels, self.max_pixels)
         tokens = rows * columns
         return EncodedImage(((1, rows, columns),), (tokens * self.merge**2,), tokens)
 
@@ -138,5 +171,12 @@ class Tiles:
         return best
 
 
-IMAGE_RULES = {"fixed": FixedGrid, "anyres": AnyRes, "resize": SmartResize, "tiles": Tiles}
-ImageRule = FixedGrid | AnyRes | SmartResize | Tiles
+IMAGE_RULES = {"fixed": FixedGrid, "anyres": AnyRes, "onevision": OneVision, "resize": SmartResize, "tiles": Tiles}
+ImageRule = FixedGrid | AnyRes | OneVision | SmartResize | Tiles
+
+
+def encode_images(rule: ImageRule, images: int, height: int, width: int) -> tuple[EncodedImage, ...]:
+    """What `images` images of one sample become, all of one size."""
+    if images > 1 and isinstance(rule, OneVision):
+        return (rule.encode_one_of_several(),) * images
+    return (rule.encode(height, width),) * images

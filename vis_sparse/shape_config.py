@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
-from .shapes import ModelShape, ShapeError, VisionShape, image_rule
+from .image_grids import AnyRes, FixedGrid, OneVision, SmartResize, Tiles
+from .shapes import ModelShape, ShapeError, VisionShape, frozen
+from .video_grids import FixedFrames, ResizedFrames, ResizedVideo
 
 
 def shape_of_folder(folder: Path) -> ModelShape:
@@ -58,7 +61,7 @@ def _llava(config) -> dict:
             vision.model_type == "clip_vision_model",
         ),
         "projector": ((inputs, config.text_config.hidden_size), (config.text_config.hidden_size,) * 2),
-        "image": image_rule("fixed", grid=(side, side), default_size=(vision.image_size,) * 2),
+        "image": FixedGrid(grid=(side, side), default_size=(vision.image_size,) * 2),
     }
 
 
@@ -66,37 +69,74 @@ def _llava_next(config) -> dict:
     parts = _llava(config)
     if parts:
         size = config.vision_config.image_size
-        parts["image"] = image_rule(
-            "anyres",
+        parts["image"] = AnyRes(
             tile=size,
             grid=parts["image"].grid,
-            pinpoints=config.image_grid_pinpoints,
+            pinpoints=frozen(config.image_grid_pinpoints),
             default_size=(2 * size, 2 * size),
         )
     return parts
 
 
+def _llava_next_video(config) -> dict:
+    parts = _llava_next(config)
+    # a convolution that pools has a cost of its own
+    if parts and config.spatial_pool_mode in ("average", "max"):
+        rows, columns = parts["image"].grid
+        pooled = (rows // config.spatial_pool_stride, columns // config.spatial_pool_stride)
+        # pooled before the projector
+        parts["video"] = FixedFrames(rows * columns, pooled[0] * pooled[1], pooled, is_joined=True)
+    return parts
+
+
+def _llava_onevision(config) -> dict:
+    parts = _llava_next(config)
+    if parts:
+        image = parts["image"]
+        fields = {field.name: getattr(image, field.name) for field in dataclasses.fields(image)}
+        parts["image"] = OneVision(**fields, max_tiles=int(config.vision_aspect_ratio.removeprefix("anyres_max_")))
+        rows, columns = image.grid
+        # pooled after the projector
+        halved = (-(-rows // 2), -(-columns // 2))
+        parts["video"] = FixedFrames(rows * columns, rows * columns, halved, is_joined=True, newline=True)
+    return parts
+
+
+# Pixel bounds are the processors', which a config does not hold. Here: those in the preprocessor files of the released
+# checkpoints, and for the videos of Qwen2-VL and Qwen2.5-VL, which have no file, the defaults of the video processor.
+def _qwen2_5_vl(config) -> dict:
+    # the tower, in windows and with a gated FFN, is not described: neither it nor the projector is counted
+    vision = config.vision_config
+    sides = {"patch": vision.patch_size, "merge": vision.spatial_merge_size}
+    return {
+        "image": SmartResize(**sides, min_pixels=3136, max_pixels=12845056, default_size=(1008, 1008)),
+        "video": ResizedFrames(**sides, temporal=vision.temporal_patch_size, min_pixels=100352, max_pixels=602112),
+    }
+
+
 def _qwen2_vl(config) -> dict:
     vision = config.vision_config
-    merged = vision.embed_dim * vision.spatial_merge_size**2
+    ffn = int(vision.embed_dim * vision.mlp_ratio)
+    return _qwen2_5_vl(config) | _qwen_tower(vision, vision.embed_dim, ffn, vision.hidden_size, mergers=1)
+
+
+def _qwen3_vl(config) -> dict:
+    vision = config.vision_config
+    sides = {"patch": vision.patch_size, "merge": vision.spatial_merge_size}
+    mergers = 1 + len(vision.deepstack_visual_indexes)
     return {
-        "vision": VisionShape(
-            vision.depth,
-            vision.embed_dim,
-            int(vision.embed_dim * vision.mlp_ratio),
-            vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
-            False,
-        ),
-        "projector": ((merged, merged), (merged, vision.hidden_size)),
-        # the pixel bounds are the image processor's, which a config does not hold: its defaults
-        "image": image_rule(
-            "resize",
-            patch=vision.patch_size,
-            merge=vision.spatial_merge_size,
-            min_pixels=3136,
-            max_pixels=12845056,
-            default_size=(1008, 1008),
-        ),
+        **_qwen_tower(vision, vision.hidden_size, vision.intermediate_size, vision.out_hidden_size, mergers),
+        "image": SmartResize(**sides, min_pixels=65536, max_pixels=16777216, default_size=(1024, 1024)),
+        "video": ResizedVideo(**sides, temporal=vision.temporal_patch_size, min_pixels=4096, max_pixels=25165824),
+    }
+
+
+def _qwen_tower(vision, hidden: int, ffn: int, width: int, mergers: int) -> dict:
+    merged = hidden * vision.spatial_merge_size**2
+    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return {
+        "vision": VisionShape(vision.depth, hidden, ffn, values, False),
+        "projector": ((merged, merged), (merged, width)) * mergers,
     }
 
 
@@ -105,6 +145,8 @@ def _internvl(config) -> dict:
     merge = round(1 / config.downsample_ratio)
     size, patch = vision.image_size[0], vision.patch_size[0]
     width = config.text_config.hidden_size
+    side = size // patch
+    tokens = side // merge
     return {
         "vision": VisionShape(
             vision.num_hidden_layers,
@@ -114,8 +156,7 @@ def _internvl(config) -> dict:
             True,
         ),
         "projector": ((vision.hidden_size * merge**2, width), (width, width)),
-        "image": image_rule(
-            "tiles",
+        "image": Tiles(
             tile=size,
             patch=patch,
             merge=merge,
@@ -123,7 +164,19 @@ def _internvl(config) -> dict:
             thumbnail=True,
             default_size=(2 * size, 2 * size),
         ),
+        "video": FixedFrames(side**2, tokens**2, (tokens, tokens), is_joined=False),
     }
 
 
-_FAMILIES = {"llava": _llava, "llava_next": _llava_next, "qwen2_vl": _qwen2_vl, "internvl": _internvl}
+_FAMILIES = {
+    "internvl": _internvl,
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "llava_next_video": _llava_next_video,
+    "llava_onevision": _llava_onevision,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen2_vl": _qwen2_vl,
+    "qwen3_vl": _qwen3_vl,
+    "vipllava": _llava,
+}
+MODEL_TYPES = tuple(_FAMILIES)

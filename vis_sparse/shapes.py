@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from .image_grids import IMAGE_RULES, ImageRule, ShapeError
+from .video_grids import VIDEO_RULES, VideoRule
 
 SHAPES = Path(__file__).parent / "configs" / "shapes"
 
@@ -32,8 +33,8 @@ class VisionShape:
 class ModelShape:
     """Sizes of a multimodal model. `ffn`, `vocab`, `heads`... are the decoder's; its FFN is gated (three matrices).
 
-    projector: (inputs, outputs) of each of its matrices. vision, projector and image are None or empty where they are
-    unknown or there are none (a bare language model): the decoder can still be counted, from a layout.
+    projector: (inputs, outputs) of each of its matrices. vision, projector, image and video are None or empty where
+    they are unknown or there are none (a bare language model): the decoder can still be counted, from a layout.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ModelShape:
     vision: VisionShape | None = None
     projector: tuple[tuple[int, int], ...] = ()
     image: ImageRule | None = None
+    video: VideoRule | None = None
 
 
 def shape_names() -> list[str]:
@@ -94,13 +96,16 @@ def _from_yaml(path: Path) -> ModelShape:
     data = yaml.safe_load(path.read_text())
     vision = VisionShape(**data.pop("vision"))
     projector = tuple(tuple(matrix) for matrix in data.pop("projector"))
-    return ModelShape(**data | {"vision": vision, "projector": projector, "image": image_rule(**data["image"])})
+    image = _rule(IMAGE_RULES, **data.pop("image"))
+    video = _rule(VIDEO_RULES, **data.pop("video")) if "video" in data else None
+    return ModelShape(**data, vision=vision, projector=projector, image=image, video=video)
 
 
-def image_rule(rule: str, **settings) -> ImageRule:
-    """The image rule called `rule` with its settings, lists turned into tuples."""
+def _rule(rules: dict, rule: str, **settings):
+    """The rule called `rule` with its settings, lists turned into tuples."""
+    return rules[rule](**{key: frozen(value) for key, value in settings.items()})
 
-    def frozen(value):
-        return tuple(frozen(item) for item in value) if isinstance(value, list | tuple) else value
 
-    return IMAGE_RULES[rule](**{key: frozen(value) for key, value in settings.items()})
+def frozen(value):
+    """`value` with its lists, and those in them, as tuples."""
+    return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value

@@ -72,6 +72,12 @@ def test_a_video_of_16_frames():
     assert joined == VisualLayout.from_grids([[(BEFORE, (8, 16, 16))]])
     assert apart == VisualLayout.from_grids([[(BEFORE + 256 * frame, (1, 16, 16)) for frame in range(8)]])
 
+    for plan in ("dense", "yopo-12"):
+        laid_out = flops("qwen2-vl-7b", plan, layout=joined, text_tokens=TEXT)
+        by_rule = flops("qwen2-vl-7b", plan, video_frames=16, image_size=(448, 448), text_before=BEFORE)
+        assert laid_out.prefill.layers == by_rule.prefill.layers
+        assert laid_out.kv_bytes == by_rule.kv_bytes
+
     def scores(layout, frames):
         layer = LayerPlan(attention=Neighborhood(2, "both", frames))
         plan = VisualPlan((layer,) * 28)

@@ -35,8 +35,15 @@ def flops_command(
     text_before: Annotated[
         int | None, typer.Option(min=0, help="Text tokens before the first image.", show_default="35, or all there are")
     ] = None,
-    image_size: Annotated[str | None, typer.Option(metavar="WxH", help="Size of the images in pixels.")] = None,
-    images: Annotated[int, typer.Option(min=0, help="Images in a sample.")] = 1,
+    image_size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Size of the images, and of a video's frames, in pixels.")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=0, help="Images in a sample.", show_default="1, or 0 with a video")
+    ] = None,
+    video_frames: Annotated[
+        int, typer.Option(min=0, help="Sampled frames of a video in each sample, after its images.")
+    ] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 1,
     convention: ConventionOption = "executed",
     device: Annotated[
@@ -52,6 +59,7 @@ def flops_command(
         "text_before": min(35, text_tokens) if text_before is None else text_before,
         "image_size": _pixels(image_size),
         "images": images,
+        "video_frames": video_frames,
         "batch": batch,
         "convention": convention,
     }

@@ -9,7 +9,7 @@ import math
 
 from torch import nn
 
-from ..image_grids import AnyRes
+from ..image_grids import AnyRes, OneVision
 from .llava import check_strategy
 from .placeholders import Grid, Visual, family
 
@@ -19,16 +19,18 @@ def _side(outer: nn.Module) -> int:
     return vision.image_size // vision.patch_size
 
 
-def _anyres(outer: nn.Module, image_sizes) -> list[tuple[Grid, Grid]]:
-    """Base and tiles of every image; image_sizes (images, 2): height and width in pixels."""
+def _rule(outer: nn.Module) -> dict:
+    """Settings of the image rule that a config holds."""
     size, side = outer.config.vision_config.image_size, _side(outer)
-    rule = AnyRes(size, (side, side), tuple(map(tuple, outer.config.image_grid_pinpoints)), (size, size))
-    return [rule.encode(*map(int, image)).grids for image in image_sizes]
+    pinpoints = tuple(map(tuple, outer.config.image_grid_pinpoints))
+    return {"tile": size, "grid": (side, side), "pinpoints": pinpoints, "default_size": (size, size)}
 
 
 def _next_grids(outer: nn.Module, arguments: dict) -> list[Grid]:
+    # image_sizes (images, 2): height and width in pixels
     check_strategy(outer, arguments)
-    return [grid for image in _anyres(outer, arguments["image_sizes"]) for grid in image]
+    rule = AnyRes(**_rule(outer))
+    return [grid for image in arguments["image_sizes"] for grid in rule.encode(*map(int, image)).grids]
 
 
 def _pooled_frames(outer: nn.Module, arguments: dict) -> list[Grid]:
@@ -44,18 +46,12 @@ def _onevision_grids(outer: nn.Module, arguments: dict) -> list[Grid]:
     counts = arguments.get("batch_num_images")
     is_tiled = [True] * len(arguments["image_sizes"]) if counts is None else [n == 1 for n in counts for _ in range(n)]
     limit = arguments.get("vision_aspect_ratio") or outer.config.vision_aspect_ratio
-    grids = []
-    for (base, tiles), tiled in zip(_anyres(outer, arguments["image_sizes"]), is_tiled, strict=True):
-        grids += [base, _shrunk(tiles, _side(outer), int(limit.removeprefix("anyres_max_"))) if tiled else (1, 1, 1)]
-    return grids
-
-
-def _shrunk(tiles: Grid, side: int, max_tiles: int) -> Grid:
-    """The grid of the tiles, scaled down if there are more tokens in it than in `max_tiles` tiles."""
-    _, rows, columns = tiles
-    columns -= 1
-    ratio = math.sqrt(rows * columns / (max_tiles * side**2))
-    return (1, int(rows // ratio), int(columns // ratio) + 1) if ratio > 1.1 else tiles
+    rule = OneVision(**_rule(outer), max_tiles=int(limit.removeprefix("anyres_max_")))
+    encoded = (
+        rule.encode(*map(int, image)) if tiled else rule.encode_one_of_several()
+        for image, tiled in zip(arguments["image_sizes"], is_tiled, strict=True)
+    )
+    return [grid for image in encoded for grid in image.grids]
 
 
 def _onevision_frames(outer: nn.Module, arguments: dict) -> list[Grid]:
