@@ -198,7 +198,7 @@ def test_videos_of_qwen2_vl_are_transformers(video):
         assert encoded.projected == times * rows * columns // 4
 
 
-# the released checkpoints' bounds; the last one's pixels are over them
+# the bounds that released checkpoints come with, not the class's own
 QWEN3_BOUNDS = {"shortest_edge": 4096, "longest_edge": 25165824}
 
 
