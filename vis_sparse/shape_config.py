@@ -102,8 +102,8 @@ def _llava_onevision(config) -> dict:
     return parts
 
 
-# Pixel bounds are the processors', which a config does not hold. Here: those that released checkpoints come with, and for
-# videos of Qwen2-VL and Qwen2.5-VL the defaults of the video processor, a bound for each frame and none for the whole.
+# Pixel bounds are the processors', which a config does not hold. Here: those that released checkpoints come with, and
+# for videos of Qwen2-VL and Qwen2.5-VL the defaults of the video processor, a bound for each frame, none for the whole.
 def _qwen2_5_vl(config) -> dict:
     # the tower, in windows and with a gated FFN, is not described: neither it nor the projector is counted
     vision = config.vision_config
