@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/comparison"), metavar="FOLDER")
     parser.add_argument("--model", choices=list(TINY.values()), default="llava")
-    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--questions", type=int, default=1000, help="held-out questions of each kind")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ def search_command(
     time_limit: Annotated[
         str | None, typer.Option(metavar="TIME", help="90s, 10m or 2h; then every step is the next best known.")
     ] = None,
-    samples: SamplesOption = 128,
+    samples: SamplesOption = 256,
     prompt: PromptOption = None,
     page: ReportOption = None,
     dtype: DtypeOption = "float32",
