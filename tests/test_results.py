@@ -21,9 +21,9 @@ def row(task, plan, value, metric="exact_match", **changes):
 ROWS = [
     row("easy_vqa", "dense", 1.0, gflops=4.0, kv_mib=2.0, speedup=None),
     row("digit_grid_place", "dense", 0.9, gflops=4.0, kv_mib=2.0, speedup=None),
-    row("easy_vqa", "out/fastv-50.yaml", 0.5),
-    row("digit_grid_place", "out/fastv-50.yaml", 0.25, gflops=3.0, speedup=2.5),
-    row("digit_grid_turns", "out/fastv-50.yaml", 0.125, "later_turns", gflops=None, speedup=None),
+    row("easy_vqa", "fastv-50", 0.5),
+    row("digit_grid_place", "fastv-50", 0.25, gflops=3.0, speedup=2.5),
+    row("digit_grid_turns", "fastv-50", 0.125, "later_turns", gflops=None, speedup=None),
 ]
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-WIDTH, HEIGHT = 420, 250
+WIDTH = 420
 LEFT, RIGHT, TOP, BOTTOM = 44, 84, 12, 34
 _LABEL = 11  # height of a line of text
 
@@ -16,6 +16,7 @@ def scatter(points: Sequence[tuple[str, float, float, float]], best: Sequence[st
 
     across, up: what the axes are, with units.
     """
+    tall = 240 + 8 * max(0, len(points) - 6)  # room for the labels
     highest = max(x for _, x, _, _ in points)
     low, high = (side(y + sign * error for _, _, y, error in points) for side, sign in ((min, -1), (max, 1)))
     margin = 0.06 * (high - low) or 0.01
@@ -25,7 +26,7 @@ def scatter(points: Sequence[tuple[str, float, float, float]], best: Sequence[st
     def place(x: float, y: float) -> tuple[float, float]:
         return (
             LEFT + (WIDTH - LEFT - RIGHT) * x / max(highest, x_ticks[-1]),
-            TOP + (HEIGHT - TOP - BOTTOM) * (high - y) / (high - low),
+            TOP + (tall - TOP - BOTTOM) * (high - y) / (high - low),
         )
 
     parts = []
@@ -35,11 +36,12 @@ def scatter(points: Sequence[tuple[str, float, float, float]], best: Sequence[st
         parts.append(f'<text class="tick end" x="{LEFT - 6}" y="{y + 4:.1f}">{tick:g}</text>')
     for tick in x_ticks:
         x, _ = place(tick, low)
-        parts.append(f'<text class="tick middle" x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}">{tick:g}</text>')
-    parts.append(f'<text class="tick middle" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}">{escape(across)}</text>')
+        parts.append(f'<text class="tick middle" x="{x:.1f}" y="{tall - BOTTOM + 15}">{tick:g}</text>')
+    parts.append(f'<text class="tick middle" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{tall - 4}">{escape(across)}</text>')
     line = [place(x, y) for label, x, y, _ in sorted(points, key=lambda p: p[1]) if label in best]
     parts.append('<path class="front" d="M' + "L".join(f"{x:.1f} {y:.1f}" for x, y in line) + '"/>')
-    taken: list[tuple[float, float, float]] = []
+    dots = [place(x, y) for _, x, y, _ in points]
+    taken = [(x - 4, x + 4, y + 4) for x, y in dots]
     for label, x, y, error in sorted(points, key=lambda p: -p[2]):
         at_x, at_y = place(x, y)
         half = abs(place(0, y + error)[1] - at_y)
@@ -49,7 +51,7 @@ def scatter(points: Sequence[tuple[str, float, float, float]], best: Sequence[st
         text_y = _free(taken, at_x + 7, at_y + 4, 6.2 * len(label))
         parts.append(f'<text x="{at_x + 7:.1f}" y="{text_y:.1f}">{escape(label)}</text>')
     name = escape(f"{up} over {across}: " + ", ".join(f"{label} {y:g} at {x:g}" for label, x, y, _ in points))
-    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
+    return f'<svg class="chart" viewBox="0 0 {WIDTH} {tall}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
 
 
 def _free(taken: list, x: float, y: float, width: float) -> float:

@@ -75,7 +75,7 @@ def table(rows: list[dict]) -> str:
         single = [row for (_, metric), row in own.items() if metric == "exact_match" and "turns" not in row["task"]]
         speedups = [row["speedup"] for row in single if row["speedup"] is not None]
         cells = [
-            Path(name).stem,
+            name,
             *(f"{_mean(single, part) / _mean(single, f'{part}_dense'):.0%}" for part in ("gflops", "kv_mib")),
             f"{sum(speedups) / len(speedups):.2f}" if speedups else "1",
             *(f"{100 * own[column]['value']:.1f}" if column in own else "" for column in columns),

@@ -189,7 +189,7 @@ def summary(pairs: dict[tuple[str, str], dict]) -> list[dict]:
                     {
                         "model": "/".join(Path(kept["settings"]["model"]).parts[-2:]),
                         "task": name,
-                        "plan": plan,
+                        "plan": _file_name(plan),
                         "metric": metric,
                         "value": value,
                         "stderr": stderr if isinstance(stderr, int | float) else None,
