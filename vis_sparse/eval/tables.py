@@ -62,14 +62,15 @@ def draw_peers(console: Console, results: list[dict]) -> None:
         f"{first['model']}, {first['layers']} layers, {first['dtype']}: {first['new_tokens']} new tokens after "
         f"{first['visual_tokens']} visual and {first['text_tokens']} text tokens"
     )
-    table = tight_table("", "time", "range", "speed-up", "peak MiB", "did not run", left=("", "did not run"))
+    table = tight_table("", "time", "range", "speed-up", "peak MiB", left=("",))
+    for row in results:
+        if "why" not in row:
+            size = "" if row["peak_bytes"] is None else mebibytes(row["peak_bytes"]).removesuffix(" MiB")
+            table.add_row(row["peer"], seconds(row["s"]), span(row["spread"]), f"{row['speedup']:.2f}", size)
+    console.print(table)
     for row in results:
         if "why" in row:
-            table.add_row(row["peer"], "", "", "", "", row["why"])
-        else:
-            size = "" if row["peak_bytes"] is None else mebibytes(row["peak_bytes"]).removesuffix(" MiB")
-            table.add_row(row["peer"], seconds(row["s"]), span(row["spread"]), f"{row['speedup']:.2f}", size, "")
-    console.print(table)
+            console.print(f"{row['peer']} did not run: {row['why']}", highlight=False)
     console.print(
         f"\ntime: median of {first['repeats']} rounds in turns. speed-up: paired.\n{machine['cpu']}, "
         f"{machine['threads']} threads, {machine['device']}, torch {facts['torch']}, transformers "
