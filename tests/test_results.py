@@ -3,7 +3,7 @@
 import pytest
 
 from vis_sparse.cost import flops
-from vis_sparse.eval.results import BUDGETS, END, IMAGE, START, TEXT, insert, pruned, section, table
+from vis_sparse.eval.results import BUDGETS, END, IMAGE, START, TEXT, insert, pruned, section, shrunk, table
 from vis_sparse.eval.tiny import NAMES, checkpoint
 from vis_sparse.shapes import load_shape
 
@@ -55,3 +55,12 @@ def test_section_replaces_the_last_one():
     assert insert(insert(before, "new"), "newer") == f"a\n{START}\nnewer\n{END}\nz"
     with pytest.raises(ValueError, match="expected the marks"):
         insert("nothing", "new")
+
+
+def test_shrunk_images_stand_beside_full_ones():
+    full = [row("easy_vqa_framed", "dense", 0.75, gflops=4.0, kv_mib=2.0, speedup=None)]
+    costs = {"gflops": 2.0, "gflops_dense": 2.0, "kv_mib": 1.0, "kv_mib_dense": 1.0, "speedup": None}
+    small = [row("easy_vqa_half", "dense", 0.5, **costs)]
+    lines = table(full + shrunk(small, full, "half")).splitlines()
+    assert lines[2] == "| dense | 100% | 100% | 1 | 75.0 |"
+    assert lines[3] == "| image-half | 50% | 50% |  | 50.0 |"

@@ -50,7 +50,8 @@ def _llava(config) -> dict:
     if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
         return {}
     side = vision.image_size // vision.patch_size
-    levels = config.vision_feature_layer
+    # older transformers have it in the plural for VipLlava
+    levels = getattr(config, "vision_feature_layer", None) or config.vision_feature_layers
     inputs = vision.hidden_size * (len(levels) if isinstance(levels, list | tuple) else 1)
     return {
         "vision": VisionShape(

@@ -33,6 +33,7 @@ CLIP = dict(
     image_size=16,
     patch_size=4,
 )
+VIP_LEVELS = dict.fromkeys(("vision_feature_layer", "vision_feature_layers"), [-1, 1])  # new and older transformers
 Grid = tuple[int, int, int]
 
 
@@ -240,7 +241,7 @@ CASES = (
         [(3, 2, 2), (1, 1, 1)],
         vision_aspect_ratio="anyres_max_1",
     ),
-    _llava(hf.VipLlavaForConditionalGeneration, hf.VipLlavaConfig, vision_feature_layer=[-1, 1]),
+    _llava(hf.VipLlavaForConditionalGeneration, hf.VipLlavaConfig, **VIP_LEVELS),
     _qwen_vl("Qwen2VL", ROPE, dict(embed_dim=32, hidden_size=WIDTH, mlp_ratio=2), ((2, 2, 3),)),
     _qwen_vl(
         "Qwen2_5_VL",

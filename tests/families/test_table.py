@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationMixin
 
 import vis_sparse
 
@@ -28,16 +29,26 @@ def test_dense_plan_is_the_unpatched_model(case, scenario):
     assert same_tokens
 
 
+def skip_disordered_tiles(case, scenario):
+    """Older `generate` repeats tiles for beams one by one, so that a sample with several has them in another order. It
+    does so for an unpatched model too: the dense plan is equal to that, the oracle is not."""
+    in_order = hasattr(GenerationMixin, "_supports_mm_encoder_outputs")
+    if scenario.run == "beams" and "InternVL" in case.name and not in_order:
+        pytest.skip("this transformers mixes up the tiles of a sample under beams")
+
+
 @every_cell
 @pytest.mark.parametrize("semantics", ["exclude", "zero"])
 @torch.no_grad()
 def test_random_plan_is_the_oracle(case, scenario, semantics):
+    skip_disordered_tiles(case, scenario)
     assert oracle_error(case, scenario, semantics) <= 1e-5
 
 
 @every_cell
 @torch.no_grad()
 def test_plan_under_which_tokens_leave_is_the_oracle(case, scenario):
+    skip_disordered_tiles(case, scenario)
     assert oracle_error(case, scenario, drops=True) <= 1e-5
 
 

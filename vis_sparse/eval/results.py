@@ -26,6 +26,7 @@ TASKS = {
     "llava": ["easy_vqa", "digit_grid", "digit_grid_turns"],
     "qwen2_vl": ["easy_vqa_framed", "digit_grid_framed"],
 }
+SHRUNK = {"qwen2_vl": ("half", "quarter")}  # the plainest baseline, where images need not be of one size
 # Token pruning at equal shares of the visual FLOPs, with the layers that it keeps whole there.
 BUDGETS = {0.5: 2, 0.25: 1}
 ORDERS = {"fastv": "attention", "random": "random", "stride": "stride"}
@@ -60,9 +61,27 @@ def measure(family: str, limit: int, out: Path) -> list[dict]:
     settings = Settings(
         str(folder), limit, calibration=str(folder / "heads.safetensors"), paired=PAIRED, base="llava_hf"
     )
-    rows = evaluate(settings, plans, TASKS[family], out, lambda task, plan, known: print(task, plan, known, flush=True))
+
+    def told(task: str, plan: str, is_known: bool) -> None:
+        print(f"{family}: {plan} on {task}{' (kept)' if is_known else ''}", flush=True)
+
+    rows = evaluate(settings, plans, TASKS[family], out, told)
+    for share in SHRUNK.get(family, ()):
+        tasks = [task.replace("framed", share) for task in TASKS[family]]
+        rows += shrunk(evaluate(settings, ["dense"], tasks, out, told), rows, share)
     write_tables(rows, out)
     return rows
+
+
+def shrunk(rows: list[dict], full: list[dict], share: str) -> list[dict]:
+    """Rows of the dense model on shrunk images as those of a plan `image-<share>`, with the costs of full images."""
+    dense = {row["task"]: row for row in full if row["plan"] == "dense"}
+    renamed = []
+    for row in rows:
+        beside = dense[row["task"].replace(share, "framed")]
+        costs = {name: beside[name] for name in ("task", "gflops_dense", "kv_mib_dense")}
+        renamed.append(row | costs | {"plan": f"image-{share}", "same_as_dense": None})
+    return renamed
 
 
 def table(rows: list[dict]) -> str:
@@ -77,7 +96,7 @@ def table(rows: list[dict]) -> str:
         cells = [
             name,
             *(f"{_mean(single, part) / _mean(single, f'{part}_dense'):.0%}" for part in ("gflops", "kv_mib")),
-            f"{sum(speedups) / len(speedups):.2f}" if speedups else "1",
+            f"{sum(speedups) / len(speedups):.2f}" if speedups else "1" if name == "dense" else "",
             *(f"{100 * own[column]['value']:.1f}" if column in own else "" for column in columns),
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -33,10 +33,14 @@ def _next_grids(outer: nn.Module, arguments: dict) -> list[Grid]:
     return [grid for image in arguments["image_sizes"] for grid in rule.encode(*map(int, image)).grids]
 
 
+def _videos(arguments: dict):
+    """(videos, frames, channels, height, width); older transformers call them as they do images."""
+    return arguments.get("pixel_values_videos", arguments.get("pixel_values"))
+
+
 def _pooled_frames(outer: nn.Module, arguments: dict) -> list[Grid]:
-    # pixel_values_videos (videos, frames, channels, height, width)
     check_strategy(outer, arguments)
-    videos, frames = arguments["pixel_values_videos"].shape[:2]
+    videos, frames = _videos(arguments).shape[:2]
     side = _side(outer) // outer.config.spatial_pool_stride
     return [(frames, side, side)] * videos
 
@@ -56,7 +60,7 @@ def _onevision_grids(outer: nn.Module, arguments: dict) -> list[Grid]:
 
 def _onevision_frames(outer: nn.Module, arguments: dict) -> list[Grid]:
     # halved frames, and one newline token after the last
-    videos, frames = arguments["pixel_values_videos"].shape[:2]
+    videos, frames = _videos(arguments).shape[:2]
     side = math.ceil(_side(outer) / 2)
     return [(frames, side, side), (1, 1, 1)] * videos
 

@@ -2,7 +2,8 @@
 
 lmms-eval imports this file by its path, once for every name that a task's YAML takes from it. The data sets are names
 too, `<kind>_data`: reading one gives the arguments of `datasets.load_dataset`, and makes its file first if need be.
-`<kind>_framed_data` has the same questions about images of several sizes in frames, as the tiny Qwen2-VL knows them.
+`<kind>_framed_data` has the same questions about images of several sizes in frames, as the tiny Qwen2-VL knows them;
+`<kind>_half_data` and `<kind>_quarter_data` these images shrunk to that share of their area.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 QUESTIONS = 1000  # of each kind
 CONVERSATIONS, TURNS = 250, 4
+AREAS = {"framed": 1, "half": 0.5, "quarter": 0.25}  # of the images in frames
 
 
 def __getattr__(name: str) -> dict:
@@ -45,9 +47,18 @@ def _questions(kind: str):
     from vis_sparse.eval.tiny.data import questions
     from vis_sparse.eval.tiny.model_qwen2_vl import SIZES
 
-    kind, is_framed, _ = kind.partition("_framed")
-    asked = questions(kind, QUESTIONS, sizes=SIZES if is_framed else ())
-    return _dataset([q.image for q in asked], question=[q.text for q in asked], answer=[q.answer for q in asked])
+    name, _, variant = kind.rpartition("_")
+    area = AREAS.get(variant)
+    asked = questions(name if area else kind, QUESTIONS, sizes=SIZES if area else ())
+    images = [_shrunk(question.image, area or 1) for question in asked]
+    return _dataset(images, question=[q.text for q in asked], answer=[q.answer for q in asked])
+
+
+def _shrunk(image, area: float):
+    """The image at about the share `area` of its area, in whole visual tokens of 8 x 8 pixels."""
+    if area == 1:
+        return image
+    return image.resize([max(1, round(side * area**0.5 / 8)) * 8 for side in image.size])
 
 
 def _conversations():

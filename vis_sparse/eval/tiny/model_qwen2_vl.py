@@ -68,8 +68,8 @@ def config() -> Qwen2VLConfig:
 
 
 def processor() -> Qwen2VLProcessor:
-    """Images of any size as 100 to 200 visual tokens, one token a word, padding on the left, and the chat template."""
-    pixels = {"shortest_edge": 100 * PATCH**2, "longest_edge": 200 * PATCH**2}  # of a whole image
+    """Images of any size as 16 to 200 visual tokens, one token a word, padding on the left, and the chat template."""
+    pixels = {"shortest_edge": 16 * PATCH**2, "longest_edge": 200 * PATCH**2}  # of a whole image
     cut = {"patch_size": PATCH // MERGE, "merge_size": MERGE, "temporal_patch_size": TEMPORAL, "size": pixels}
     return Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessor(**cut), video_processor=Qwen2VLVideoProcessor(**cut),
