@@ -379,7 +379,7 @@ def frames_of_llava(kind, tower, **settings):
     strategy = {"vision_feature_select_strategy": config.vision_feature_select_strategy}
     pixels = torch.zeros(1, 5, 3, 56, 56, device="meta")
     run = model.model.get_video_features
-    return model.to("meta"), lambda: run(pixel_values_videos=pixels, vision_feature_layer=-1, **strategy)
+    return model.to("meta"), lambda: run(pixels, vision_feature_layer=-1, **strategy)
 
 
 def frames_of_qwen(kind, vision):
