@@ -41,9 +41,10 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST)
 
+# torch 2.11 brings triton 3.6, whose interpreter fails on numpy 2.4
 test-old:
 	test -x $(OLD)/bin/python || $(PYTHON) -m venv $(OLD)
-	$(OLD)/bin/python -m pip install --quiet 'torch==2.11.*' 'torchvision==0.26.*' 'transformers==5.17.*' --editable '.[dev]'
+	$(OLD)/bin/python -m pip install --quiet 'torch==2.11.*' 'torchvision==0.26.*' 'transformers==5.17.*' 'numpy<2.4' --editable '.[dev]'
 	$(OLD)/bin/python -m pip install --quiet $(LLAVA)
 	$(OLD)/bin/python -m pytest $(PYTEST)
 

@@ -15,13 +15,12 @@ from vis_sparse.plan import (
     LayerPlan,
     Neighborhood,
     PlanError,
-    PlanRecipe,
     TokenBudget,
     VisualPlan,
-    layer_range,
     mask_plan,
 )
 from vis_sparse.plan_yaml import as_plan, load_plan, plan_names, read_recipe
+from vis_sparse.recipe import PlanRecipe, layer_range
 
 
 def refuses(message: str):

@@ -8,8 +8,8 @@ from vis_sparse.eval.tiny import NAMES, checkpoint
 from vis_sparse.shapes import load_shape
 
 FACTS = {
-    "model": "tiny/llava", "machine": {"cpu": "one", "threads": 2}, "versions": {"torch": "2", "transformers": "5"},
-    "date": "2026-01-02T03", "samples": 7,
+    "model": "tiny/llava", "machine": {"cpu": "one", "threads": 2, "device": "cpu"},
+    "versions": {"torch": "2", "transformers": "5"}, "date": "2026-01-02T03", "samples": 7,
 }  # fmt: skip
 
 

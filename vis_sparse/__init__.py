@@ -10,7 +10,7 @@ _EXPORTS = {
     "PlanError": "plan",
     "HeadBudget": "plan",
     "TokenBudget": "plan",
-    "PlanRecipe": "plan",
+    "PlanRecipe": "recipe",
     "load_plan": "plan_yaml",
     "plan_names": "plan_yaml",
     "VisualLayout": "layout",

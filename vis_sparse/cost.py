@@ -19,8 +19,9 @@ from .cost_report import CostReport
 from .heads import resolve_heads
 from .image_grids import EncodedImage, Grid, encode_images
 from .layout import LayoutError, VisualLayout
-from .plan import PlanError, PlanRecipe, VisualPlan
+from .plan import PlanError, VisualPlan
 from .plan_yaml import as_plan
+from .recipe import PlanRecipe
 from .schedule import schedule
 from .shape_config import MODEL_TYPES
 from .shapes import ModelShape, ShapeError, as_shape

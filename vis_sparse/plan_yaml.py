@@ -16,11 +16,10 @@ from .plan import (
     Neighborhood,
     NeuronBudget,
     PlanError,
-    PlanRecipe,
     TokenBudget,
     VisualPlan,
-    layer_range,
 )
+from .recipe import PlanRecipe, layer_range
 
 CONFIGS = Path(__file__).parent / "configs"
 _PLAN_KEYS = ("name", "about", "semantics", "num_layers", "default", "layers")

@@ -53,17 +53,8 @@ class ResizedFrames:
 
 
 @dataclass(frozen=True, slots=True)
-class ResizedVideo:
-    """Qwen3-VL: `temporal` frames a patch, the pixels of all frames kept within bounds; each patch's time is a segment.
-
-    The last frame is repeated to fill a patch.
-    """
-
-    patch: int
-    merge: int
-    temporal: int
-    min_pixels: int
-    max_pixels: int
+class ResizedVideo(ResizedFrames):
+    """Qwen3-VL: as ResizedFrames, but bounds hold for the pixels of all frames, and each patch's time is a segment."""
 
     def encode(self, frames: int, height: int, width: int) -> EncodedImage:
         if frames < self.temporal:

@@ -15,8 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..lanes import Decoder
 from ..layout import VisualLayout
-from ..patches import _family as family_of
-from ..patches import inspect
+from ..patches import family_of, inspect
 from ..patches.decoder import read_decoder
 from ..patches.errors import PatchError
 from ..patches.family import Family

@@ -57,7 +57,7 @@ def flops_command(
     settings = {
         "text_tokens": text_tokens,
         "text_before": min(35, text_tokens) if text_before is None else text_before,
-        "image_size": _pixels(image_size),
+        "image_size": pixels(image_size),
         "images": images,
         "video_frames": video_frames,
         "batch": batch,
@@ -116,7 +116,7 @@ def _draw_bounds(console: Console, bounds: list[Roofline]) -> None:
     )
 
 
-def _pixels(text: str | None) -> tuple[int, int] | None:
+def pixels(text: str | None) -> tuple[int, int] | None:
     """(height, width) of "WxH"."""
     if text is None:
         return None

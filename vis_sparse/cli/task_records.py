@@ -16,7 +16,7 @@ def task_records(name: str) -> Iterator[Record]:
     try:
         from lmms_eval.tasks import get_task_dict
 
-        from ..eval.lmms.run import _manager as task_manager
+        from ..eval.lmms.run import task_manager
     except ImportError as error:
         raise SampleError(f"data: lmms:{name} needs lmms-eval (pip install 'vis_sparse[eval]'): {error}") from None
     kinds = [_records(task) for task in _tasks(get_task_dict([name], task_manager([name])))]

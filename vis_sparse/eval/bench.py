@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..cli.flops import _pixels as pixels
+from ..cli.flops import pixels
 from ..cli.options import CalibrationOption, JsonOption, ModelOption, report, resolved
 
 DTYPES = ("float32", "bfloat16", "float16")

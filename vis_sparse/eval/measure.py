@@ -77,12 +77,10 @@ class Measurement:
 
         try:
             with torch.no_grad():
-                if self.compiler:
-                    samples = {}
-                    for variant in self.variants:
-                        samples |= in_turns([variant], turn, repeats)
-                else:
-                    samples = in_turns(self.variants, turn, repeats)
+                groups = [[variant] for variant in self.variants] if self.compiler else [self.variants]
+                samples = {}
+                for group in groups:
+                    samples |= in_turns(group, turn, repeats)
         finally:
             self._switch(UNPATCHED)
         costs = {label: self._cost(plan) for label, plan in self.plans.items()}

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.initialization import no_init_weights
 
@@ -182,7 +183,7 @@ def _peak_bytes(call) -> int | None:
     try:
         with PeakBytes() as memory:
             call()
-    except NotImplementedError:  # FlexAttention cannot be watched
+    except (NotImplementedError, TorchDynamoException):  # FlexAttention cannot be watched
         return None
     return memory.peak
 

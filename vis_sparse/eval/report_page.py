@@ -12,7 +12,7 @@ from ..shapes import ModelShape
 from .charts import heat_map, scatter, strip
 from .html import CSS, bar, document, table_row
 from .pareto import front
-from .tables import percent, seconds, span, three_digits
+from .tables import measured_on, percent, seconds, span, three_digits
 
 MORE_CSS = Path(__file__).with_name("report.css")
 
@@ -32,7 +32,7 @@ def page(kinds: dict[str, list[dict]], calibrations: list, shape: ModelShape) ->
 
 def _head(kinds: dict[str, list[dict]]) -> str:
     rows = [row for kind in kinds.values() for row in kind if "machine" in row]
-    facts = sorted({_where(row) for row in rows})
+    facts = sorted({measured_on(row) for row in rows})
     models = sorted({row["model"] for kind in kinds.values() for row in kind})
     runs = "".join(f"<br>{escape(fact)}" for fact in facts)
     return f"""<header>
@@ -41,14 +41,6 @@ def _head(kinds: dict[str, list[dict]]) -> str:
 <p>Models: {escape(", ".join(models))}.</p>
 <p class="note">Measured on:{runs}</p>
 </header>"""
-
-
-def _where(row: dict) -> str:
-    machine, versions = row["machine"], row["versions"]
-    return (
-        f"{machine['cpu']}, {machine['threads']} threads, device {machine['device']}; "
-        f"torch {versions['torch']}, transformers {versions['transformers']}, {row['date'][:10]}"
-    )
 
 
 def _by_setting(rows: list[dict]) -> list[list[dict]]:

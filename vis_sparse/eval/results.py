@@ -11,12 +11,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..calibration import Calibration
 from ..cost import flops
 from ..plan import VisualPlan
 from ..shapes import load_shape
 from .lmms.report import write_tables
 from .lmms.run import Settings, evaluate
 from .report_page import page
+from .tables import measured_on
 from .tiny import checkpoint
 
 SHIPPED = (
@@ -43,10 +45,11 @@ def pruned(family: str) -> Iterator[VisualPlan]:
     def spent(plan: VisualPlan | str) -> int:
         return flops(shape, plan, image_size=IMAGE, text_tokens=TEXT, text_before=2).prefill.lane("visual")
 
+    dense = spent("dense")
     for budget, after in BUDGETS.items():
         for name, by in ORDERS.items():
             plans = (VisualPlan.fastv(shape.layers, after, share / 100, by) for share in range(1, 100))
-            affordable = [plan for plan in plans if spent(plan) <= budget * spent("dense")]
+            affordable = [plan for plan in plans if spent(plan) <= budget * dense]
             yield affordable[-1].replace(name=f"{name}-{budget:.0%}".removesuffix("%"))
 
 
@@ -114,13 +117,10 @@ def _mean(rows: list[dict], name: str) -> float:
 def section(results: dict[str, list[dict]]) -> str:
     """What stands between the marks: a table a model, and where and when it was measured."""
     parts = []
-    for family, rows in results.items():
+    for rows in results.values():
         first = rows[0]
-        facts = first["versions"]
         parts.append(
-            f"**{first['model']}** ({family}), {first['samples']} samples of each task; {first['machine']['cpu']}, "
-            f"{first['machine']['threads']} threads, torch {facts['torch']}, transformers {facts['transformers']}, "
-            f"{first['date'][:10]}:\n\n{table(rows)}"
+            f"**{first['model']}**, {first['samples']} samples of each task; {measured_on(first)}:\n\n{table(rows)}"
         )
     return "\n\n".join(parts)
 
@@ -143,8 +143,6 @@ def main() -> None:
     rows = [row for own in results.values() for row in own]
     (given.out / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     kinds = {"eval": rows, "bench": [], "peers": []}
-    from ..calibration import Calibration
-
     maps = [Calibration.load(checkpoint(family) / "heads.safetensors") for family in TASKS]
     (given.out / "report.html").write_text(page(kinds, maps, load_shape(checkpoint())), encoding="utf-8")
     given.readme.write_text(insert(given.readme.read_text(encoding="utf-8"), section(results)), encoding="utf-8")

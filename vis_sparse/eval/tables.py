@@ -8,10 +8,19 @@ from rich.table import Table
 from ..cli.options import human, mebibytes, tight_table
 
 
+def measured_on(row: dict) -> str:
+    """Machine, versions and date of a result, in a line."""
+    machine, versions = row["machine"], row["versions"]
+    device = "" if machine["device"] == "cpu" else f"{machine['device']}, "
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, {device}torch {versions['torch']}, "
+        f"transformers {versions['transformers']}, {row['date'][:10]}"
+    )
+
+
 def draw_bench(console: Console, results: list[dict]) -> None:
     """Prefill, and a decode step if it was measured, from the objects of `bench`."""
     first = results[0]
-    facts, machine = first["versions"], first["machine"]
     console.print(
         f"{first['model']}, {first['layers']} layers, {first['dtype']}, batch {first['batch']}, "
         f"{first['visual_tokens']} visual + {first['text_tokens']} text tokens a sample"
@@ -25,8 +34,7 @@ def draw_bench(console: Console, results: list[dict]) -> None:
         f"\ntime: median of {first['repeats']} rounds {order}, range: fastest to slowest. efficiency: speed-up over "
         "fewer FLOPs, against the unpatched model / the dense plan. peak: tensors made in prefill. "
         + (f"copied weights: {copied}.\n" if copied else "no weights copied.\n")
-        + f"{machine['cpu']}, {machine['threads']} threads, {machine['device']}, torch {facts['torch']}, "
-        f"transformers {facts['transformers']}, {first['date'][:10]}",
+        + measured_on(first),
         style="bright_black",
         highlight=False,
     )
@@ -57,7 +65,6 @@ def _bench_table(title: str, results: list[dict], prefix: str) -> Table:
 def draw_peers(console: Console, results: list[dict]) -> None:
     """Rows of `peers`: times and bytes, or why something did not run."""
     first = results[0]
-    facts, machine = first["versions"], first["machine"]
     console.print(
         f"{first['model']}, {first['layers']} layers, {first['dtype']}: {first['new_tokens']} new tokens after "
         f"{first['visual_tokens']} visual and {first['text_tokens']} text tokens"
@@ -72,9 +79,7 @@ def draw_peers(console: Console, results: list[dict]) -> None:
         if "why" in row:
             console.print(f"{row['peer']} did not run: {row['why']}", highlight=False)
     console.print(
-        f"\ntime: median of {first['repeats']} rounds in turns. speed-up: paired.\n{machine['cpu']}, "
-        f"{machine['threads']} threads, {machine['device']}, torch {facts['torch']}, transformers "
-        f"{facts['transformers']}, {first['date'][:10]}",
+        f"\ntime: median of {first['repeats']} rounds in turns. speed-up: paired.\n{measured_on(first)}",
         style="bright_black",
         highlight=False,
     )

@@ -11,8 +11,9 @@ from torch import nn
 from ..heads import resolve_heads
 from ..kernels import get_backend
 from ..layout import VisualLayout
-from ..plan import PlanRecipe, VisualPlan
+from ..plan import VisualPlan
 from ..plan_yaml import as_plan
+from ..recipe import PlanRecipe
 from .decoder import read_decoder
 from .errors import PatchError
 from .family import Family
@@ -36,7 +37,8 @@ FAMILIES = (
 )
 
 
-def _family(model: nn.Module) -> Family:
+def family_of(model: nn.Module) -> Family:
+    """The family whose classes the model is of. Raises PatchError, with the list of those there are."""
     names = {cls.__name__ for cls in type(model).__mro__}
     for family in FAMILIES:
         if names.intersection(family.classes):
@@ -46,7 +48,7 @@ def _family(model: nn.Module) -> Family:
 
 
 def _state(model: nn.Module) -> PatchState | None:
-    family = _family(model)
+    family = family_of(model)
     return getattr(family.text_model(family.outer_model(model)), "_vis_sparse", None)
 
 
@@ -68,7 +70,7 @@ def patch(
     A second patch replaces the first. Weights are not changed. Raises PatchError for a model that is not supported
     and PlanError for a plan that does not fit it; the model is then as it was.
     """
-    family = _family(model)
+    family = family_of(model)
     outer = family.outer_model(model)
     devices = set((getattr(model, "hf_device_map", None) or {"": 0}).values())
     if len(devices) > 1:
@@ -128,7 +130,7 @@ def unpatched(model: nn.Module) -> Iterator[nn.Module]:
 def read_layout(model: nn.Module, inputs: Mapping) -> VisualLayout | None:
     """Where the visual tokens lie in `inputs`, a whole batch of prompts as the model's processor makes it; None if the
     inputs do not tell. The model need not be patched."""
-    family = _family(model)
+    family = family_of(model)
     return family.read_layout(family.outer_model(model), dict(inputs), 0)
 
 

@@ -58,7 +58,7 @@ def evaluate(
     sample. A pair whose results are there from the same settings is read, not run. on_pair(task, plan, is it read):
     called before each pair. Raises PatchError, PlanError, or SampleError for a task that lmms-eval does not know.
     """
-    manager = _manager(tasks)
+    manager = task_manager(tasks)
     if len({_file_name(plan) for plan in plans}) < len(plans):
         raise PlanError(f"plan: got {', '.join(plans)}, expected plans of different names")
     model, pairs = None, {}
@@ -74,7 +74,7 @@ def evaluate(
     return summary(pairs)
 
 
-def _manager(tasks: list[str]) -> TaskManager:
+def task_manager(tasks: list[str]) -> TaskManager:
     """lmms-eval's index of tasks. Its own are some thousand files, which are left out where they are not needed."""
     for with_defaults in (False, True):
         manager = TaskManager(include_path=str(folder()), include_defaults=with_defaults)
