@@ -81,7 +81,7 @@ def shipped(head_dim: int, target: str) -> Iterator[Kernel]:
     one = _sizes(prefill) | {"GROUP": 1, "HAS_BLIND": False}
     packed = {"HEADS": 1, "GROUP_BLOCK": 1}
     yield Kernel("runs forward", triton_runs.runs_forward, prefill, width | one | packed)
-    decode = tuning.decode_blocks(head_dim, 2, 7)
+    decode = tuning.decode_blocks(head_dim, 2, 7, device)
     packed = {"HEADS": 7, "GROUP_BLOCK": 8, "GROUP": 7}
     yield Kernel("runs decode", triton_runs.runs_forward, decode, width | one | packed | _sizes(decode))
     yield Kernel("runs dQ", triton_runs.runs_query_gradient, of_query, width | one | _sizes(of_query))
@@ -106,8 +106,7 @@ def compile_kernel(kernel: Kernel, target: str, dtype: str = "bf16") -> Resource
         elif name not in constants and not name.startswith("scale"):
             attributes[index,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel.function, signature, constants, attributes)
-    options = {"num_warps": kernel.blocks.warps, "num_stages": kernel.blocks.stages}
-    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    compiled = triton.compile(source, target=TARGETS[target], options=kernel.blocks.options)
     if "amdgcn" in compiled.asm:
         return _of_amd(compiled.asm["amdgcn"], compiled.metadata.shared)
     return _of_cubin(compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata.shared)

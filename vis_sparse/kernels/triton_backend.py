@@ -76,7 +76,7 @@ def _runs(query, key, value, pattern, scale: float, blind, queries: int) -> torc
     packed, splits = 1, 1
     config = tuning.run_blocks(head_dim, size, device)
     if tuning.is_decode(queries, group):
-        packed, config = group, tuning.decode_blocks(head_dim, size, group)
+        packed, config = group, tuning.decode_blocks(head_dim, size, group, device)
         splits = tuning.decode_splits(samples * kv_heads, slots, device)
     # whole blocks of keys, so that a part begins where a block does
     slots_a_split = -(-slots // (splits * config.keys)) * config.keys

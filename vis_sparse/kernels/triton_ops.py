@@ -56,7 +56,7 @@ def runs(
             *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], rows, slots_a_split, scale * _LOG2E,
             GROUP=group, HEADS=packed, GROUP_BLOCK=triton.next_power_of_2(packed), HEAD_DIM=head_dim,
             BLOCK_D=width_block(head_dim), BLOCK_Q=config.queries, BLOCK_N=config.keys, HAS_BLIND=blind is not None,
-            num_warps=config.warps, num_stages=config.stages,
+            **config.options,
         )  # fmt: skip
     if splits == 1:
         return out[0], lse[0]
@@ -251,7 +251,7 @@ def _delta(grad_out: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
 def _common(query: Tensor, key: Tensor, config: Blocks) -> dict:
     head_dim = query.shape[2]
     sizes = {"GROUP": query.shape[1] // key.shape[2], "HEAD_DIM": head_dim, "BLOCK_D": width_block(head_dim)}
-    return sizes | {"num_warps": config.warps, "num_stages": config.stages}
+    return sizes | config.options
 
 
 def _tile(query: Tensor, key: Tensor, rule: Sequence[int], sides: Sequence[int]) -> dict:

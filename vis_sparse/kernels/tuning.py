@@ -19,12 +19,23 @@ _SLOTS_A_SPLIT = 256  # fewer keys than this are not worth a program of their ow
 
 
 class Blocks(NamedTuple):
-    """queries: positions of a program, in one head or in all heads of a KV group. keys: of a step."""
+    """queries: positions of a program, in one head or in all heads of a KV group. keys: of a step.
+
+    registers: bound of a thread on NVIDIA, 0 for none. Without one ptxas fits one more block a multiprocessor by spilling
+    a few bytes in some kernels; in which ones depends on its version.
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    registers: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Options of a launch."""
+        bound = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages} | bound
 
 
 class Device(NamedTuple):
@@ -47,15 +58,21 @@ def width_block(head_dim: int) -> int:
     return max(triton.next_power_of_2(head_dim), 16)
 
 
+def _bound(registers: int, head_dim: int, device: Device) -> int:
+    """Measured up to a width of 128; wider kernels may need more."""
+    return registers if device.capability and width_block(head_dim) <= 128 else 0
+
+
 def near_blocks(head_dim: int, item_size: int, group: int, programs: int, device: Device) -> Blocks:
     """Forward and query gradient of a neighbourhood. group: heads of a KV head. programs: 64-query tiles x KV heads."""
     width, members = width_block(head_dim), triton.next_power_of_2(group)
     if item_size == 4:
         return Blocks(max(16 // members, 1), 32 if width <= 128 else 16, 4, 1)
     if members == 1 and programs < _WAVES * device.processors:
-        return Blocks(16, 32, 4, 2)
+        return Blocks(16, 32, 4, 2, _bound(128, head_dim, device))
     # four warps of an NVIDIA GPU spill here at width 128, eight of an AMD one
-    return Blocks(max(64 // members, 1), 64 if width <= 128 else 32, 8 if device.capability else 4, 2)
+    bound = 128 if width <= 64 and device.capability >= 100 else 0
+    return Blocks(max(64 // members, 1), 64 if width <= 128 else 32, 8 if device.capability else 4, 2, bound)
 
 
 def run_blocks(head_dim: int, item_size: int, device: Device) -> Blocks:
@@ -69,11 +86,13 @@ def run_blocks(head_dim: int, item_size: int, device: Device) -> Blocks:
     return Blocks(128, 32 if narrow else 64, 8, 3 if device.capability else 2)
 
 
-def decode_blocks(head_dim: int, item_size: int, group: int) -> Blocks:
+def decode_blocks(head_dim: int, item_size: int, group: int, device: Device) -> Blocks:
     """Few queries: all heads of a KV group a program, so that each key is read once."""
     members = triton.next_power_of_2(group)
     wide = width_block(head_dim) * item_size > 256
-    return Blocks(max(_DECODE_ROWS // members, 1), 32 if wide else 64, 4, 2 if item_size < 4 else 1)
+    if item_size == 4:
+        return Blocks(max(_DECODE_ROWS // members, 1), 32 if wide else 64, 4, 1)
+    return Blocks(max(_DECODE_ROWS // members, 1), 32 if wide else 64, 4, 2, _bound(168, head_dim, device))
 
 
 def is_decode(queries: int, group: int) -> bool:
@@ -93,7 +112,7 @@ def query_gradient_blocks(head_dim: int, item_size: int, device: Device) -> Bloc
         return Blocks(16 if item_size == 4 else 32, 16 if width > 128 else 32, 4, 1)
     if width == 128:
         return Blocks(64, 64, 8, 1) if device.capability else Blocks(32, 64, 4, 1)
-    return Blocks(64, 64, 4, 1)
+    return Blocks(64, 64, 4, 1, 128 if device.capability >= 100 else 0)
 
 
 def key_gradient_blocks(head_dim: int, item_size: int, device: Device) -> Blocks:
