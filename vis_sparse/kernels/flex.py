@@ -79,16 +79,20 @@ def _text_blocks(pattern: TextPattern) -> BlockMask:
 
 
 def _visual_blocks(pattern: VisualPattern) -> BlockMask:
-    """Blocks of packed rows against blocks of slots, found block row by block row: never a whole matrix."""
+    """Blocks of packed rows against blocks of slots, found block row by block row in the row's own samples."""
     key = Coordinates(*(array.ravel() for array in pattern.slots))
+    slots = pattern.slots.sample.shape[1]
     columns = -(-len(key.sample) // _BLOCK)
     partial, full = [], []
     for start in range(0, len(pattern.query.sample), _BLOCK):
         query = pattern.query.take(np.s_[start : start + _BLOCK, None])
-        read = visible(pattern.attention, query, key)
-        padded = np.zeros((len(read), columns * _BLOCK), dtype=bool)
+        first = query.sample.min() * slots // _BLOCK
+        last = -(-(query.sample.max() + 1) * slots // _BLOCK)
+        read = visible(pattern.attention, query, key.take(np.s_[first * _BLOCK : last * _BLOCK]))
+        padded = np.zeros((len(read), (last - first) * _BLOCK), dtype=bool)
         padded[:, : read.shape[1]] = read
-        counts = padded.reshape(len(read), columns, _BLOCK).sum((0, 2))
+        counts = np.zeros(columns, dtype=int)
+        counts[first:last] = padded.reshape(len(read), last - first, _BLOCK).sum((0, 2))
         is_full = counts == _BLOCK * _BLOCK
         full.append(is_full)
         partial.append((counts > 0) & ~is_full)

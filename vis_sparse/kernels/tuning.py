@@ -21,8 +21,8 @@ _SLOTS_A_SPLIT = 256  # fewer keys than this are not worth a program of their ow
 class Blocks(NamedTuple):
     """queries: positions of a program, in one head or in all heads of a KV group. keys: of a step.
 
-    registers: bound of a thread on NVIDIA, 0 for none. Without one ptxas fits one more block a multiprocessor by spilling
-    a few bytes in some kernels; in which ones depends on its version.
+    registers: bound of a thread on NVIDIA, 0 for none. Without one ptxas spills a few bytes in some kernels to fit one
+    more block a multiprocessor; in which ones depends on its version.
     """
 
     queries: int
