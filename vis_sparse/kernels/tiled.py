@@ -28,13 +28,14 @@ def visual_attention(
     time, so that the copies are read again while they are still in the cache."""
     key, value, parts = key.flatten(0, 1), value.flatten(0, 1), []
     for group in pattern.tiles.groups:
-        queries, bias = _rows(query, group.query), group.mask.bias(query.dtype)
+        bias = group.mask.bias(query.dtype)
         tile_bytes = 2 * group.key.shape[1] * key[0].numel() * key.element_size()
         step = max(_COPIED_BYTES // tile_bytes, 1)
-        for start in range(0, len(queries), step):
+        for start in range(0, len(group.query), step):
             tiles = slice(start, start + step)
+            queries = _rows(query, group.query[tiles])
             keys, values = (_rows(t, group.key[tiles]) for t in (key, value))
-            parts.append(_attention(queries[tiles], keys, values, bias[tiles], False, scale).flatten(0, 1))
+            parts.append(_attention(queries, keys, values, bias[tiles], False, scale).flatten(0, 1))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out if pattern.tiles.position is None else out.index_select(0, pattern.tiles.position)
 
