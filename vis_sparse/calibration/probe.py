@@ -147,21 +147,25 @@ class Probe:
                 hidden = executor.run(hidden, batch.cos, batch.sin, batch.call, added=batch.added[start:])
             yield self._logits(batch, hidden)
 
-    def measure(self, plan: VisualPlan, every: int = 1) -> tuple[float, float]:
-        """(divergence, accuracy) of a plan, means over the samples of every so manieth batch.
+    def per_sample(self, plan: VisualPlan, every: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """(divergence, right) under a plan of every sample of every so manieth batch, float64 and bool.
 
-        KL(dense || plan) of the next-token distributions at the answers' rows, in nats; share of the samples whose
-        answer's tokens are all the likeliest ones (given those before them).
+        KL(dense || plan) of the next-token distributions at the answer's rows, in nats, mean over them; whether all of
+        the answer's tokens are the likeliest ones (given those before them).
         """
-        total, right, samples = 0.0, 0, 0
+        divergences, right = [], []
         triples = zip(self._batches[::every], self._dense[::every], self.logits(plan, every), strict=True)
         for batch, dense, logits in triples:
             rows = torch.nn.functional.kl_div(logits.log_softmax(-1), dense, reduction="none", log_target=True).sum(-1)
-            total += float((rows * batch.weights).sum())
-            wrong = batch.rows[0][logits.argmax(-1) != batch.labels]
-            right += batch.call.batch - len(wrong.unique())
-            samples += batch.call.batch
-        return total / samples, right / samples
+            wrong, zeros = (logits.argmax(-1) != batch.labels).to(rows), rows.new_zeros(batch.call.batch)
+            divergences.append(zeros.index_add(0, batch.rows[0], rows * batch.weights))
+            right.append(zeros.index_add(0, batch.rows[0], wrong) == 0)
+        return torch.cat(divergences).cpu().double().numpy(), torch.cat(right).cpu().numpy()
+
+    def measure(self, plan: VisualPlan, every: int = 1) -> tuple[float, float]:
+        """(divergence, accuracy) of a plan: means of what `per_sample` gives."""
+        divergences, right = self.per_sample(plan, every)
+        return float(divergences.mean()), float(right.mean())
 
     def divergence(self, plan: VisualPlan) -> float:
         return self.measure(plan)[0]

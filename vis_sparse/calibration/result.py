@@ -20,13 +20,13 @@ class Calibration:
 
     heads (L, H): the head scores that budgets are resolved from, `effects` or `mass` (metadata "scores" says which).
     ratios (samples, L, H): attention mass on visual keys over the mass on all other keys at the rows that predict a
-    sample's answer; mass (L, H) is their mean. effects (L, H): how much the answer's log-odds move when visual tokens
-    begin to leave the head (`effects.head_effects`), zeros if that was not measured. text_mass (L,): visual share of
-    the attention of text rows after the first image. attention_change, ffn_change (L, 2): of visual rows, cosine
-    before and after the part and relative norm of what it adds. neurons (L, neurons): mean |activation| of visual rows
-    times the norm of the neuron's output column. sensitivity (L, 3), None if it was not measured: KL(dense || plan) of
-    the answer's tokens (nats) when that layer alone is off for visual tokens, attends to neighbours only, skips its FFN
-    (`probe.SENSITIVITY`). metadata: model, data, sizes and versions, text to text.
+    sample's answer; mass (L, H) is their mean. effects (L, H): how much the answer's log-probability depends on the
+    visual tokens in the head (`effects.head_effects`; 1 in all), zeros if that was not measured. text_mass (L,): visual
+    share of the attention of text rows after the first image. attention_change, ffn_change (L, 2): of visual rows,
+    cosine before and after the part and relative norm of what it adds. neurons (L, neurons): mean |activation| of
+    visual rows times the norm of the neuron's output column. sensitivity (L, 3), None if it was not measured:
+    KL(dense || plan) of the answer's tokens (nats) when that layer alone is off for visual tokens, attends to
+    neighbours only, skips its FFN (`probe.SENSITIVITY`). metadata: model, data, sizes and versions, text to text.
     """
 
     heads: np.ndarray

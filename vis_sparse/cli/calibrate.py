@@ -41,7 +41,7 @@ def calibrate_command(
     samples: SamplesOption = 64,
     prompt: PromptOption = None,
     scores: Annotated[
-        str, typer.Option(help="Head scores: effects (on the answer's log-odds), or mass (the paper's, cheaper).")
+        str, typer.Option(help="Head scores: effects (on the answer), or mass (the paper's, cheaper).")
     ] = "effects",
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Also measure what each layer is to the answers (slower).")

@@ -1,0 +1,121 @@
+"""Comparison: the paired statistic on made-up answers, the rivals' budgets, and the tables."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from vis_sparse.calibration import Calibration
+from vis_sparse.comparison import tables
+from vis_sparse.comparison.__main__ import paired
+from vis_sparse.comparison.answers import Answers
+from vis_sparse.comparison.paired import holm, mcnemar, only_one_right
+from vis_sparse.comparison.plans import NEURONS, Field, add_budget, add_heads, add_neurons, spending
+from vis_sparse.eval.tiny.data import KINDS
+from vis_sparse.plan import LayerPlan, VisualPlan
+
+LAYERS, HEADS, SIZE = 4, 8, 100
+
+
+def answered(*right):
+    return np.array(right, dtype=bool)
+
+
+def test_questions_that_one_plan_alone_answers_right():
+    ours, theirs = answered(1, 1, 1, 0, 0, 1), answered(1, 0, 0, 1, 0, 0)
+    assert only_one_right(ours, theirs) == (3, 1)
+    assert only_one_right(ours, ours) == (0, 0)
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 0), (3, 0), (2, 2), (1, 6), (9, 3)])
+def test_p_is_the_share_of_all_coin_throws_as_uneven(first, second):
+    throws = [sum(throw) for throw in itertools.product((0, 1), repeat=first + second)]
+    uneven = abs(first - second)
+    share = np.mean([abs(2 * heads - first - second) >= uneven for heads in throws])
+    assert mcnemar(first, second) == mcnemar(second, first) == pytest.approx(share)
+
+
+def test_p_of_many_questions():
+    """Against the normal approximation with continuity correction."""
+    assert mcnemar(1060, 940) == pytest.approx(0.0078, rel=0.02)
+    assert 0 < mcnemar(4000, 0) < 1e-300 or mcnemar(4000, 0) == 0
+
+
+def test_even_plans_are_rarely_called_uneven():
+    """Two plans with the same chance of a right answer on each of 200 questions: at most 5 % of 2,000 pairs."""
+    rng = np.random.default_rng(0)
+    pairs = rng.random((2000, 2, 200)) < 0.9
+    assert np.mean([mcnemar(*only_one_right(*pair)) < 0.05 for pair in pairs]) <= 0.05
+
+
+def test_holms_correction():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.5]) == pytest.approx([1.0, 1.0]) and holm([]) == [] and holm([0.2]) == [0.2]
+
+
+def made_up(seed=1):
+    rng = np.random.default_rng(seed)
+    names = ("mass", "effects", "text_mass", "attention_change", "ffn_change")
+    return Calibration(
+        heads=rng.random((LAYERS, HEADS)), neurons=rng.random((LAYERS, SIZE)),
+        ratios=np.ones((1, LAYERS, HEADS)), **{name: rng.random((LAYERS, HEADS)) for name in names},
+    )  # fmt: skip
+
+
+def test_rival_masks_keep_as_many_heads_in_every_layer():
+    field, calibration = Field(), made_up()
+    add_heads(field, calibration)
+    counts = {name: [sum(layer.heads) for layer in plan.layers] for name, plan in field.plans.items()}
+    best = np.sort(calibration.heads, axis=None)[-LAYERS * HEADS // 4]
+    assert counts["heads: calibrated"] == (calibration.heads >= best).sum(1).tolist()
+    assert sum(counts["heads: inverted"]) == LAYERS * HEADS // 4
+    like = [name for name in field.plans if name != "heads: inverted"]
+    assert len(like) == 8 and all(counts[name] == counts["heads: calibrated"] for name in like)
+    assert len({field.plans[name].layers for name in like}) == 8
+    assert set(field.rivals["heads: calibrated"]) == set(field.plans) - {"heads: calibrated"}
+
+
+def test_rival_neurons_are_as_many():
+    field, calibration = Field(), made_up()
+    add_neurons(field, calibration)
+    for share in NEURONS:
+        (best, *_), (first, *_) = (
+            field.plans[f"neurons {share:.0%}: {name}"].layers for name in ("calibrated", "first")
+        )
+        kept = round(share * SIZE)
+        assert best.ffn == tuple(sorted(np.argsort(-calibration.neurons[0])[:kept].tolist()))
+        assert first.ffn == share and first.neurons(SIZE) == kept
+    assert field.plans["neurons 0%"].layers == (LayerPlan(ffn=0.0),) * LAYERS
+
+
+def test_rivals_of_a_budget_cost_no_less_if_they_can():
+    chain = [VisualPlan((LayerPlan(ffn=share),)) for share in (1.0, 0.25, 0.5)]
+
+    def cost(plan):
+        return plan.layers[0].ffn
+
+    assert [cost(spending(chain, least, cost)) for least in (0.2, 0.3, 0.5, 0.7)] == [0.25, 0.5, 0.5, 1.0]
+    found = VisualPlan((LayerPlan(ffn=0.3),))
+    field = Field()
+    add_budget(field, 0.35, found, {"A": chain, "B": chain[1:2]}, cost)
+    assert {name: cost(plan) for name, plan in field.plans.items()} == {
+        "35%: searched": 0.3, "35%: A": 0.5, "35%: B": 0.25,
+    }  # fmt: skip
+    assert field.rivals == {"35%: searched": ["35%: A", "35%: B"]}
+
+
+def test_pairs_and_their_table():
+    field = Field()
+    ours, theirs = (VisualPlan((LayerPlan(ffn=share),)) for share in (0.3, 0.5))
+    field.add("30%", ("searched", ours), {"A": theirs})
+    right = {name: {kind: np.ones(20, dtype=bool) for kind in KINDS} for name in ("ours", "theirs")}
+    right["theirs"]["place"][:9] = False
+    right["ours"]["count"][:6] = False
+    right["theirs"]["count"][19] = False
+    given = {ours.layers: Answers(right["ours"], 0.1), theirs.layers: Answers(right["theirs"], 0.2)}
+    rows = paired(field, given)
+    by_kind = {row["kind"]: (row["only_plan"], row["only_rival"]) for row in rows}
+    assert by_kind == {"easy_vqa": (0, 0), "place": (9, 0), "count": (1, 6), "exists": (0, 0)}
+    assert [row["p_holm"] for row in rows] == pytest.approx([1, 4 * 2 / 2**9, 3 * 16 / 2**7, 1])
+    *_, line = tables.pairs(rows).splitlines()
+    assert line == "| 30%: searched | 30%: A | 0 : 0 | 9 : 0, p 0.0039 << | 1 : 6, p 0.12 | 0 : 0 |"

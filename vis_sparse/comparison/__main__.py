@@ -1,0 +1,126 @@
+"""`python -m vis_sparse.comparison --model llava`: calibrates and searches on training images, asks held-out questions.
+
+Writes a JSON file, its tables as Markdown, and the searched plans. Stopped and started again, the search goes on from
+its log, which is also why a second run with other settings of the questions does not search again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from operator import truediv
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ..calibration import calibrate
+from ..calibration.chains import chains
+from ..calibration.front import described
+from ..calibration.probe import Probe
+from ..calibration.profiles import Target
+from ..calibration.samples import encode
+from ..calibration.search import COUNTED, best_within, search_front
+from ..cli.data import TINY, records
+from ..cost import flops
+from ..eval.progress import progress
+from ..eval.timing import machine_facts
+from ..eval.tiny import checkpoint
+from ..eval.tiny.data import KINDS
+from ..plan import VisualPlan
+from ..shapes import shape_of
+from . import tables
+from .answers import Answers, Layers, answers
+from .paired import holm, mcnemar, only_one_right
+from .plans import BUDGETS, Field, add_budget, add_heads, add_neurons
+
+PARTS_ASKED = 1000  # questions of each kind at most for the plans of heads and neurons, whose differences are large
+
+
+def compare(family: str, num_samples: int, asked: int, out: Path, on_step) -> dict:
+    """Searched plans against published methods, and calibrated heads and neurons against others, on a shipped model."""
+    folder, data = checkpoint(family), next(name for name, of in TINY.items() if of == family)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    samples = [encode(processor, record) for record in records(data, num_samples, None)]
+    calibration, target, shape = calibrate(model, samples, data=data), Target.of(model), shape_of(model)
+    probe = Probe(target, samples)
+    middle = int(np.argsort(probe.lengths, kind="stable")[len(samples) // 2])
+    layout, text = probe.layouts[middle], probe.lengths[middle] - probe.layouts[middle].num_visual
+
+    def cost(plan: VisualPlan) -> float:
+        counted = (flops(shape, each, layout=layout, text_tokens=text) for each in (plan, probe.plan))
+        return truediv(*map(COUNTED["visual"], counted))
+
+    def asked_about(field: Field, asked: int) -> dict:
+        given = answers(target, processor, field.plans.values(), asked, on_step)
+        return {"questions": asked, "plans": scored(field, given, cost), "pairs": paired(field, given)}
+
+    parts, budgets = Field({"dense": probe.plan}), Field({"dense": probe.plan})
+    add_heads(parts, calibration)
+    add_neurons(parts, calibration)
+    methods = chains(calibration.heads, shape.kv_heads, probe.divergence)
+    for budget in BUDGETS:
+        points = search_front(model, samples, budget=budget, calibration=calibration, log=out / f"{family}.log")
+        found = best_within(points, budget)
+        (out / f"{family}-{budget:.0%}.yaml").write_text(described(found, "visual").to_yaml())
+        add_budget(budgets, budget, found.plan, methods, cost)
+    return {
+        "model": family,
+        "samples": num_samples,
+        **machine_facts(model.device),
+        "budgets": asked_about(budgets, asked),
+        "parts": asked_about(parts, min(asked, PARTS_ASKED)),
+    }
+
+
+def scored(field: Field, given: dict[Layers, Answers], cost: Callable[[VisualPlan], float]) -> list[dict]:
+    """What plans cost as a share of dense visual FLOPs, their shares of right answers, and KL to dense."""
+    rows = []
+    for name, plan in field.plans.items():
+        own = given[plan.layers]
+        scores = {kind: own.score(kind) for kind in KINDS}
+        layers = [str(layer) for layer in plan.layers]
+        rows.append({"plan": name, "cost": cost(plan), **scores, "kl": own.kl, "layers": layers})
+    return rows
+
+
+def paired(field: Field, given: dict[Layers, Answers]) -> list[dict]:
+    """Plans against each of their rivals on each kind of questions; p corrected for all comparisons of one plan."""
+    return [row for plan in field.rivals for row in _against_rivals(field, plan, given)]
+
+
+def _against_rivals(field: Field, plan: str, given: dict[Layers, Answers]) -> list[dict]:
+    rows = []
+    for rival in field.rivals[plan]:
+        ours, theirs = (given[field.plans[name].layers].right for name in (plan, rival))
+        for kind in KINDS:
+            only = only_one_right(ours[kind], theirs[kind])
+            rows.append({"plan": plan, "rival": rival, "kind": kind, "only_plan": only[0], "only_rival": only[1]})
+    raw = [mcnemar(row["only_plan"], row["only_rival"]) for row in rows]
+    return [row | {"p": p, "p_holm": corrected} for row, p, corrected in zip(rows, raw, holm(raw))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/comparison"), metavar="FOLDER")
+    parser.add_argument("--model", choices=list(TINY.values()), default="llava")
+    parser.add_argument("--samples", type=int, default=512, help="training questions that calibration and search see")
+    parser.add_argument("--questions", type=int, default=4000, help="held-out questions of each kind")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    with progress("comparing") as step:
+        result = compare(given.model, given.samples, given.questions, given.out, step)
+    sections = (result[name] for name in ("budgets", "parts"))
+    text = "\n".join(
+        table for each in sections for table in (tables.scores(each["plans"]), tables.pairs(each["pairs"]))
+    )
+    (given.out / f"{given.model}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (given.out / f"{given.model}.md").write_text(text)
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()
