@@ -4,14 +4,20 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from vis_sparse import patched
 from vis_sparse.calibration import Calibration
+from vis_sparse.calibration.profiles import Target
 from vis_sparse.comparison import tables
 from vis_sparse.comparison.__main__ import paired
-from vis_sparse.comparison.answers import Answers
+from vis_sparse.comparison.answers import Answers, answers
 from vis_sparse.comparison.paired import holm, mcnemar, only_one_right
 from vis_sparse.comparison.plans import NEURONS, Field, add_budget, add_heads, add_neurons, spending
-from vis_sparse.eval.tiny.data import KINDS
+from vis_sparse.eval.tiny import checkpoint
+from vis_sparse.eval.tiny.data import KINDS, questions
+from vis_sparse.eval.tiny.score import answers as generated
 from vis_sparse.plan import LayerPlan, VisualPlan
 
 LAYERS, HEADS, SIZE = 4, 8, 100
@@ -119,3 +125,39 @@ def test_pairs_and_their_table():
     assert [row["p_holm"] for row in rows] == pytest.approx([1, 4 * 2 / 2**9, 3 * 16 / 2**7, 1])
     *_, line = tables.pairs(rows).splitlines()
     assert line == "| 30%: searched | 30%: A | 0 : 0 | 9 : 0, p 0.0039 << | 1 : 6, p 0.12 | 0 : 0 |"
+
+
+def test_answers_are_those_of_greedy_generate(monkeypatch):
+    """In several pieces, under the dense plan and one that answers some questions wrong."""
+    monkeypatch.setattr("vis_sparse.comparison.answers._CHUNK", 4)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint(), dtype=torch.float32).eval()
+    processor, layers = AutoProcessor.from_pretrained(checkpoint()), model.config.text_config.num_hidden_layers
+    plans = (VisualPlan.dense(layers), VisualPlan.vtw(layers, 1))
+    steps = []
+    given = answers(Target.of(model), processor, [*plans, plans[0]], 6, lambda *step: steps.append(step))
+    assert len(given) == 2 and steps == [(step, 16) for step in range(1, 17)]
+    for plan in plans:
+        for kind in KINDS:
+            asked = questions(kind, 6)
+            with patched(model, plan):
+                said = generated(model, processor, asked)
+            expected = [text == question.answer for text, question in zip(said, asked, strict=True)]
+            assert given[plan.layers].right[kind].tolist() == expected
+    assert given[plans[0].layers].kl == pytest.approx(0, abs=1e-6) and given[plans[1].layers].kl > 0.1
+    assert not given[plans[1].layers].right["place"].all()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_calibrated_heads_are_better_than_random_ones(family):
+    """A quarter of the heads by the shipped scores, on held-out questions: KL below that of every random mask, and at
+    least 10 points more than the worst quarter on place and count."""
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint(family), dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(checkpoint(family))
+    field = Field()
+    add_heads(field, Calibration.load(checkpoint(family) / "heads.safetensors"))
+    given = answers(Target.of(model), processor, field.plans.values(), 30, lambda done, total: None)
+    ours = given[field.plans["heads: calibrated"].layers]
+    for rival in field.rivals["heads: calibrated"]:
+        assert ours.kl < given[field.plans[rival].layers].kl / 1.5, rival
+    worst = given[field.plans["heads: inverted"].layers]
+    assert all(ours.score(kind) >= worst.score(kind) + 0.1 for kind in ("place", "count"))
