@@ -59,6 +59,15 @@ def test_help_of_the_commands_that_run_models(command):
     assert example_of(command)[0] == command
 
 
+def test_demo_takes_heads_from_the_calibration_it_is_given(tmp_path):
+    shipped = Calibration.load(checkpoint() / "heads.safetensors")
+    shallow = {name: getattr(shipped, name)[:6] for name in ("heads", "neurons")}
+    Calibration(**{**vars(shipped), **shallow}).save(tmp_path / "shallow.safetensors")
+    result = run("demo", "--calibration", tmp_path / "shallow.safetensors", "--out", tmp_path / "out")
+    assert result.exit_code != 0 and "heads: got shape (6, 8), expected (layers, heads) = (8, 8)" in result.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_help_needs_no_torch():
     code = "import sys; import vis_sparse.cli.main; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

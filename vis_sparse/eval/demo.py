@@ -17,6 +17,10 @@ Family = Enum("Family", {name: name for name in NAMES}, type=str)
 def demo_command(
     questions: Annotated[int, typer.Option(min=4, help="Held-out questions, over four kinds.")] = 300,
     family: Annotated[Family, typer.Option(help="Which tiny model.")] = Family.llava,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What calibrate wrote for the model.", show_default="the shipped one"),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the picture and the page.")] = Path("out/demo"),
     json_file: JsonOption = None,
 ) -> None:
@@ -38,7 +42,7 @@ def demo_command(
 
     disable_progress_bar()  # of loading weights, over in a moment
     with progress("answering and timing") as on_step:
-        results = run_demo(questions, family.value, on_step)
+        results = run_demo(questions, family.value, on_step, calibration)
     out.mkdir(parents=True, exist_ok=True)
     picture(results, out / "demo.png")
     (out / "demo.html").write_text(page(results), encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -33,19 +34,26 @@ REPEATS = 15
 
 
 def run_demo(
-    num_questions: int, family_name: str = "llava", on_step: Callable[[int, int], None] = lambda done, total: None
+    num_questions: int,
+    family_name: str = "llava",
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+    calibration: Path | None = None,
 ) -> dict:
     """Answer, time and count. Returns the demo's figures as plain data (see `_costs`, `_example`).
 
     num_questions: in all, spread evenly over the kinds of question. family_name: one of `tiny.NAMES`.
-    on_step(done, total): called after each batch of answers and each timed turn.
+    on_step(done, total): called after each batch of answers and each timed turn. calibration: file that says which
+    heads and neurons budgets keep; None: the shipped one.
     """
     family, folder = FAMILIES[family_name], checkpoint(family_name)
     model = family.MODEL.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
     shape = shape_of(model)
-    scores = folder / "heads.safetensors"
-    plans = {name: resolve_heads(as_plan(name, shape.layers), shape.heads, shape.kv_heads, scores) for name in PLANS}
+    calibration = calibration or folder / "heads.safetensors"
+    plans = {
+        name: resolve_heads(as_plan(name, shape.layers), shape.heads, shape.kv_heads, calibration=calibration)
+        for name in PLANS
+    }
     variants = {DENSE: VisualPlan.dense(shape.layers), **plans, BLIND: VisualPlan.vtw(shape.layers, 0)}
     per_kind = max(1, num_questions // len(KINDS))
     asked = [question for kind in KINDS for question in questions(kind, per_kind, sizes=family.SIZES)]
