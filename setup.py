@@ -22,7 +22,7 @@ setup(
         "vis_sparse.configs": ["*.yaml", "**/*.yaml"],
         "vis_sparse.eval": ["*.css"],
         "vis_sparse.eval.tasks": ["*.yaml", "*_yaml"],
-        "vis_sparse.eval.tiny": ["llava/*", "qwen2_vl/*"],
+        "vis_sparse.eval.tiny": ["llava/*", "qwen2_vl/*", "internvl/*"],
     },
     install_requires=[
         "numpy>=1.26",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..calibration.records import Record, SampleError, read_records
 
-TINY = {"tiny-train": "llava", "tiny-train-qwen2_vl": "qwen2_vl"}
+TINY = {"tiny-train": "llava", "tiny-train-qwen2_vl": "qwen2_vl", "tiny-train-internvl": "internvl"}
 TASKS = "lmms:"
 
 

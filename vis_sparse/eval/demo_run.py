@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ import vis_sparse
 
 from ..heads import resolve_heads
 from ..layout import VisualLayout
+from ..patches import read_layout
 from ..plan import VisualPlan
 from ..plan_yaml import as_plan
 from ..shapes import shape_of
@@ -23,7 +25,7 @@ from .measure import Measurement
 from .timing import machine_facts
 from .tiny import checkpoint
 from .tiny.data import KINDS, Question, questions
-from .tiny.families import FAMILIES, family_of
+from .tiny.families import FAMILIES, grid_of
 from .tiny.score import answers, prepared
 
 PLANS = ("auto", "yopo-25", "yopo-12")
@@ -81,8 +83,9 @@ def run_demo(
 
     given = {name: answered(name) for name in variants}
     figures = measurement.run(REPEATS, on_turn=step)
-    text_tokens = embeddings.shape[1] - layout.segments[0].size
-    one = VisualLayout(1, layout.segments[:1])
+    one = VisualLayout(1, tuple(segment for segment in layout.segments if segment.sample == 0))
+    text_tokens = embeddings.shape[1] - one.num_visual
+    drawn = one.segments[-1]
     return {
         "model": {
             "family": family_name,
@@ -90,12 +93,13 @@ def run_demo(
             "parameters": sum(weight.numel() for weight in model.parameters()),
             "layers": shape.layers,
             "heads": shape.heads,
-            "grid": [one.segments[0].height, one.segments[0].width],
-            "visual_tokens": _fewest_and_most(asked, family.PATCH),
+            "grid": [drawn.height, drawn.width],
+            "has_tiles": len(one.segments) > 1,
+            "visual_tokens": _fewest_and_most(asked, family),
             "image_png": _png(timed[0].image),
         },
         "questions": {kind: per_kind for kind in KINDS},
-        "timed": {"batch": TIMED, "text_tokens": text_tokens, "repeats": REPEATS},
+        "timed": {"batch": TIMED, "visual_tokens": one.num_visual, "text_tokens": text_tokens, "repeats": REPEATS},
         "plans": [
             {
                 "plan": name,
@@ -130,11 +134,7 @@ def timed_prompt(model, processor, asked: Sequence[Question]) -> tuple[torch.Ten
             model(**inputs)
     finally:
         hook.remove()
-    is_image = inputs["input_ids"] == model.config.image_token_id
-    width, height = asked[0].image.size
-    grid = height // family_of(model).PATCH, width // family_of(model).PATCH
-    layout = VisualLayout.from_grids([[(int(row.int().argmax()), (1, *grid))] for row in is_image])
-    return kept[0], layout
+    return kept[0], read_layout(model, inputs)
 
 
 def _costs(name: str, figures: dict[str, dict]) -> dict:
@@ -173,9 +173,9 @@ def _example(asked: Sequence[Question], given: dict[str, list[str]], index: int)
     }
 
 
-def _fewest_and_most(asked: Sequence[Question], patch: int) -> list[int]:
+def _fewest_and_most(asked: Sequence[Question], family: ModuleType) -> list[int]:
     """Visual tokens of an image."""
-    tokens = [question.image.width * question.image.height // patch**2 for question in asked]
+    tokens = [len(family.places(grid_of(question.image, family))) for question in asked]
     return [min(tokens), max(tokens)]
 
 

@@ -17,7 +17,7 @@ SHIPPED = {f"tiny/{name}": name for name in NAMES}
 
 def eval_command(
     model: Annotated[
-        str, typer.Option("--model", metavar="M", help="A checkpoint or its name; tiny/llava, tiny/qwen2_vl: shipped.")
+        str, typer.Option("--model", metavar="M", help=f"A checkpoint or its name; {', '.join(SHIPPED)}: shipped.")
     ] = "tiny/llava",
     plan: Annotated[str, typer.Option("--plan", metavar="A,B,...", help="Plans, names or files.")] = "dense,auto",
     tasks: Annotated[

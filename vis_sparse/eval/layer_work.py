@@ -15,19 +15,19 @@ from ..shapes import ModelShape
 
 
 def layer_work(shape: ModelShape, plan: VisualPlan, layout: VisualLayout, text_tokens: int) -> list[dict]:
-    """One dict a layer, for a plan with its heads resolved and a layout of one segment.
+    """One dict a layer, for a plan with its heads resolved and a layout of one sample.
 
     share: FLOPs of the visual tokens over those of the dense layer. reads: text reads visual tokens. heads, ffn: share
     of the query heads and FFN neurons that visual tokens use. window: in words. seen: visual tokens (raster indices)
-    that the token in the middle of the grid attends to.
+    of the last segment (of tiles, the thumbnail) that the token in its middle attends to.
     """
 
     def visual_flops(of: VisualPlan) -> list[int]:
         report = vis_sparse.flops(shape, of, layout=layout, text_tokens=text_tokens, convention="executed")
         return [layer.visual.total for layer in report.prefill.layers]
 
-    tokens = visual_coordinates(layout)
-    segment = layout.segments[0]
+    segment = layout.segments[-1]
+    tokens = visual_coordinates(layout).take(slice(-segment.size, None))
     middle = tokens.take([segment.height // 2 * segment.width + segment.width // 2])
     dense = visual_flops(VisualPlan.dense(shape.layers))
     rows = []
@@ -53,6 +53,11 @@ def _words(attention: str | Neighborhood) -> str:
         return "dense"
     side = 2 * attention.radius + 1
     return f"{side}×{side}" + (" before" if attention.direction == "causal" else "")
+
+
+def of_thumbnail(model: dict) -> str:
+    """Which visual tokens pictures show, where it is not all of them."""
+    return " of the thumbnail" if model["has_tiles"] else ""
 
 
 def outline(cells: list[int], width: int) -> list[tuple[int, int, int, int]]:

@@ -6,7 +6,7 @@ import math
 from html import escape
 
 from .html import CSS, bar, document, table_row
-from .layer_work import outline, runs_in_words
+from .layer_work import of_thumbnail, outline, runs_in_words
 from .tables import percent, span, three_digits
 
 KIND_NAMES = {"easy_vqa": "easy-VQA", "place": "which digit where", "count": "how many", "exists": "is there one"}
@@ -80,13 +80,13 @@ def _cost(results: dict) -> str:
     for row in results["plans"]:
         cells = [bar(three_digits(row[key] / unit), row[key] / dense[key]) for _, key, unit in quantities]
         rows.append(table_row(row["plan"], [*cells, f"{row['speedup']:.2f}×"]))
-    timed, visual_tokens = results["timed"], math.prod(results["model"]["grid"])
+    timed = results["timed"]
     spans = ", ".join(f"{row['plan']} {span(row['prefill_spread_s'])} ms" for row in results["plans"])
     return f"""<section aria-labelledby="cost"><h2 id="cost">Cost of one question</h2>
 <table><caption>Decoder prefill; bars against dense</caption>
 <thead><tr><th scope="col">plan</th>{heads}<th scope="col">speed-up</th></tr></thead>
 <tbody>{"".join(rows)}</tbody></table>
-<p class="note">Time: a batch of {timed["batch"]} questions, each of {visual_tokens} visual and
+<p class="note">Time: a batch of {timed["batch"]} questions, each of {timed["visual_tokens"]} visual and
 {timed["text_tokens"]} text tokens, plans in turns, median of {timed["repeats"]} rounds, divided by the
 batch. Fastest to slowest round: {spans}. A model this small spends
 much of its time on other things than arithmetic; <code>vis-sparse bench</code> times full widths.</p>
@@ -112,9 +112,9 @@ def _layers(results: dict) -> str:
             f"<tr>{tiles}</tr></tbody>"
         )
     return f"""<section aria-labelledby="layers"><h2 id="layers">What each layer still computes</h2>
-<p class="note">One square is one visual token, its area the share of the dense layer's work that is done for it. The
-line encloses what the marked token attends to among visual tokens. Empty: the layer neither reads nor changes visual
-tokens, nothing is dispatched for them.</p>
+<p class="note">One square is one visual token{of_thumbnail(results["model"])}, its
+area the share of the dense layer's work that is done for it. The line encloses what the marked token attends to among
+visual tokens. Empty: the layer neither reads nor changes visual tokens, nothing is dispatched for them.</p>
 <svg width="0" height="0" aria-hidden="true" class="defs"><defs>
 <image id="picture" width="{width}" height="{height}" preserveAspectRatio="none" \
 href="data:image/png;base64,{image}"/>{masks}</defs></svg>

@@ -12,13 +12,13 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .layer_work import outline, runs_in_words
+from .layer_work import of_thumbnail, outline, runs_in_words
 from .tables import percent
 
 INK, QUIET, ACCENT, MARK, BACK, LINE = "#1d2126", "#666d75", "#0a7c72", "#d9480f", "#b9c4cc", "#d5d1c8"
 PIXELS = 32  # drawn for a visual token, a side
 LEGEND = (
-    "A square is a visual token, its area the share of the dense layer's work done for it. "
+    "A square is a visual token{}, its area the share of the dense layer's work done for it. "
     "The line encloses what the marked token attends to. Dashed: nothing is computed."
 )
 
@@ -40,7 +40,7 @@ def picture(results: dict, file: Path) -> None:
             axes.set_xlabel(f"layer {index}: {layer['share']:.0%}", fontsize=8, color=QUIET, labelpad=4)
         _label(axes_row[0], plan, plans[0], results["questions"])
     below.subplots_adjust(left=side, right=1 - side, top=0.885, bottom=0.035, wspace=0.08, hspace=0.42)
-    below.text(side, 0.96, LEGEND, fontsize=8.5, color=QUIET)
+    below.text(side, 0.96, LEGEND.format(of_thumbnail(results["model"])), fontsize=8.5, color=QUIET)
     figure.savefig(file)
 
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-NAMES = ("llava", "qwen2_vl")
+NAMES = ("llava", "qwen2_vl", "internvl")
 
 
 def checkpoint(family: str = "llava") -> Path:
-    """Folder of a trained checkpoint, for `from_pretrained`: "llava" (3.0 M parameters, 144 visual tokens an image) or
-    "qwen2_vl" (3.6 M parameters, 100 to 168 visual tokens an image)."""
+    """Folder of a trained checkpoint, for `from_pretrained`: "llava" (3.0 M parameters, 144 visual tokens an image),
+    "qwen2_vl" (3.6 M, 100 to 168 visual tokens) or "internvl" (3.1 M, 36 to 180: tiles and a thumbnail)."""
     return Path(__file__).parent / family

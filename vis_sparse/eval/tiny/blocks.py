@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from vis_sparse.eval.tiny.data import COLORS, COLUMNS, DIGITS, EMPTY, ROWS, SHAPES, Question, Scene
-from vis_sparse.eval.tiny.families import family_of
+from vis_sparse.eval.tiny.families import family_of, grid_of
 from vis_sparse.eval.tiny.words import EOS, PAD, WORD_IDS
 
 QUESTIONS = 12
@@ -33,9 +33,9 @@ ATTENTION = "vis_sparse_blocks"
 class Batch:
     """Images of one size, questions and what the images show; `NO_LABEL` marks what is not known or not asked.
 
-    `pixels` (B, ...) fp32, prepared as the processor does; `grid` (height, width) in visual tokens; `tokens` and
-    `targets` (B, QUESTIONS * SLOT) int64; `cells` (B, 9), `shapes` (B,) and `colors` (B,) int64 class indices; `taught`
-    (B, height * width, width of a token): the visual tokens of a teacher.
+    `pixels` (B, ...) fp32, prepared as the processor does; `grid` (height, width) of an image in visual tokens;
+    `tokens` and `targets` (B, QUESTIONS * SLOT) int64; `cells` (B, 9), `shapes` (B,) and `colors` (B,) int64 class
+    indices; `taught` (B, visual tokens, width of a token): the visual tokens of a teacher.
     """
 
     pixels: Tensor
@@ -49,7 +49,6 @@ class Batch:
 
 
 def batch(scenes: Sequence[Scene], family: ModuleType) -> Batch:
-    width, height = scenes[0].image.size
     tokens = torch.full((len(scenes), QUESTIONS, SLOT), PAD)
     targets = torch.full_like(tokens, NO_LABEL)
     cells = torch.full((len(scenes), 9), NO_LABEL)
@@ -62,7 +61,7 @@ def batch(scenes: Sequence[Scene], family: ModuleType) -> Batch:
             cells[i] = torch.tensor([(*DIGITS, EMPTY).index(word) for word in scene.cells])
     return Batch(
         family.pixels([scene.image for scene in scenes]),
-        (height // family.PATCH, width // family.PATCH),
+        grid_of(scenes[0].image, family),
         tokens.flatten(1),
         targets.flatten(1),
         cells,
@@ -78,7 +77,7 @@ def _token_ids(question: Question) -> list[int]:
 
 def block_mask(family: ModuleType, grid: tuple[int, int], blind: bool = False) -> Tensor:
     """(1, 1, L, L) bool, True where a row (query) sees a column (key). `blind`: slots do not see the visual tokens."""
-    before, visual = len(family.BEFORE), grid[0] * grid[1]
+    before, visual = len(family.BEFORE), len(family.places(grid))
     start = before + visual + len(family.AFTER)
     length = start + QUESTIONS * SLOT
     block = torch.arange(length).sub(start).div(SLOT, rounding_mode="floor").clamp(min=-1)
@@ -158,11 +157,10 @@ def word_losses(model, visual: Tensor, data: Batch) -> Tensor:
         total = F.cross_entropy(values, labels.flatten(), ignore_index=NO_LABEL, reduction="sum")
         return total / (labels != NO_LABEL).sum().clamp(min=1)
 
-    height, width = data.grid
-    rows, columns = torch.meshgrid(_thirds(height), _thirds(width), indexing="ij")
-    in_cell = F.one_hot(rows * 3 + columns, 9).flatten(0, 1).T.to(cosines.dtype)
+    rows, columns = (family_of(model).places(data.grid) * 3).long().T  # the third that a token has its middle in
+    in_cell = F.one_hot(rows * 3 + columns, 9).T.to(cosines.dtype)
     cells = in_cell @ cosines / in_cell.sum(dim=1, keepdim=True)
-    rows, columns = (axis.flatten().expand(len(visual), -1) for axis in (rows, columns))
+    rows, columns = (axis.expand(len(visual), -1) for axis in (rows, columns))
     image = cosines.mean(dim=1)
     return torch.stack([
         loss(cells, (*DIGITS, EMPTY), data.cells),
@@ -171,11 +169,6 @@ def word_losses(model, visual: Tensor, data: Batch) -> Tensor:
         loss(image, SHAPES, data.shapes),
         loss(image, COLORS, data.colors),
     ])
-
-
-def _thirds(length: int) -> Tensor:
-    """The third, 0 to 2, that each of `length` tokens has its middle in."""
-    return (torch.arange(length) * 6 + 3) // (2 * length)
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ def framed(shown: Sequence, sizes: Sequence[tuple[int, int]]) -> list:
     """Questions or scenes with their images at `sizes` (height, width) in turns, each in a frame with a ruler's marks.
 
     The frame is `FRAME` pixels wide and has another colour beside each third of the image: a vision tower without
-    absolute positions (Qwen2-VL's) reads off it where a patch is. No sizes: as they are.
+    absolute positions (Qwen2-VL's), or of one tile (InternVL's), reads off it where a patch is. No sizes: as they are.
     """
     if not sizes:
         return list(shown)

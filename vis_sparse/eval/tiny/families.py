@@ -2,16 +2,23 @@
 
 NAME, TITLE: in code and for readers. MODEL: the class. SIZES: (height, width) of the images it is asked about, empty
 for 96x96 as drawn. PATCH: pixels a side of a visual token. BEFORE, AFTER: ids of the tokens around an image. prompt,
-processor, new_model, save: for everybody. pixels, visual_tokens, positions: for training, which does not go through the
-processor.
+processor, new_model, save: for everybody. pixels, visual_tokens, places, positions: for training, which does not go
+through the processor; they are told an image's size as a `grid` (height, width) of visual tokens.
 """
 
 from types import ModuleType
 
-from vis_sparse.eval.tiny import model_llava, model_qwen2_vl
+from PIL import Image
 
-FAMILIES = {family.NAME: family for family in (model_llava, model_qwen2_vl)}
+from vis_sparse.eval.tiny import model_internvl, model_llava, model_qwen2_vl
+
+FAMILIES = {family.NAME: family for family in (model_llava, model_qwen2_vl, model_internvl)}
 
 
 def family_of(model) -> ModuleType:
     return FAMILIES[model.config.model_type]
+
+
+def grid_of(image: Image.Image, family: ModuleType) -> tuple[int, int]:
+    """An image's (height, width) in visual tokens."""
+    return image.height // family.PATCH, image.width // family.PATCH

@@ -20,7 +20,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vis_sparse.eval.tiny.data import IMAGE_SIZE
 from vis_sparse.eval.tiny.files import write_checkpoint
-from vis_sparse.eval.tiny.words import BOS, EOS, IMAGE, PAD, WORD_IDS, WORDS, tokenizer
+from vis_sparse.eval.tiny.places import raster
+from vis_sparse.eval.tiny.words import BOS, EOS, IMAGE, PAD, WORD_IDS, WORDS, chat_template, tokenizer
 
 NAME, TITLE = "llava", "LLaVA"
 MODEL = LlavaForConditionalGeneration
@@ -28,14 +29,8 @@ SIZES = ()  # images as they are drawn
 BEFORE, AFTER = (BOS, WORD_IDS["user:"]), ()  # tokens around an image
 PATCH = 8
 GRID = IMAGE_SIZE // PATCH
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ message['role'].upper() }}: "
-    "{% for item in message['content'] if item['type'] == 'image' %}<image>\n{% endfor %}"
-    "{% for item in message['content'] if item['type'] == 'text' %}{{ item['text'] }} {% endfor %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
+places = raster  # one grid an image
+CHAT_TEMPLATE = chat_template("<image>")
 
 
 def prompt(question: str) -> str:

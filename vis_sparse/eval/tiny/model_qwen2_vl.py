@@ -18,29 +18,22 @@ from transformers import (
 
 from vis_sparse.eval.tiny import words
 from vis_sparse.eval.tiny.files import write_checkpoint
+from vis_sparse.eval.tiny.places import raster
 from vis_sparse.eval.tiny.warm_start import start_from_llava
-from vis_sparse.eval.tiny.words import BOS, EOS, IMAGE, PAD, WORD_IDS, tokenizer
+from vis_sparse.eval.tiny.words import BOS, EOS, IMAGE, PAD, WORD_IDS, chat_template, tokenizer
 
 NAME, TITLE = "qwen2_vl", "Qwen2-VL"
 MODEL = Qwen2VLForConditionalGeneration
 SIZES = ((80, 80), (72, 112), (120, 80), (96, 112))
 SPECIAL = {"image_token": "<|image_pad|>", "vision_start_token": "<|vision_start|>",
            "vision_end_token": "<|vision_end|>", "video_token": "<|video_pad|>"}
-# The LLaVA's words at their places, so that its weights fit.
-WORDS = (*words.WORDS[:IMAGE], SPECIAL["image_token"], *words.WORDS[IMAGE + 1 :], *list(SPECIAL.values())[1:])
+WORDS = words.extended(SPECIAL)
 VISION_START, VISION_END, VIDEO = range(len(words.WORDS), len(WORDS))
 BEFORE, AFTER = (BOS, WORD_IDS["user:"], VISION_START), (VISION_END,)  # tokens around an image
 MERGE, TEMPORAL = 2, 2
 PATCH = 8  # of a visual token: 2 x 2 patches of 4
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ message['role'].upper() }}: "
-    "{% for item in message['content'] if item['type'] == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>\n{% endfor %}"
-    "{% for item in message['content'] if item['type'] == 'text' %}{{ item['text'] }} {% endfor %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
+CHAT_TEMPLATE = chat_template("<|vision_start|><|image_pad|><|vision_end|>")
+places = raster  # one grid an image
 
 
 def prompt(question: str) -> str:

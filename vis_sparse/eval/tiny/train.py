@@ -1,8 +1,9 @@
 """Trains a small model: `python -m vis_sparse.eval.tiny.train --family llava --out FOLDER`.
 
 Stage 1 trains the vision tower and the projector until visual tokens are bags of the language model's words; stage 2
-trains everything on questions, a dozen about one image in a sequence. The LLaVA starts from nothing; the Qwen2-VL
-starts with the shipped LLaVA's language model, and its tower learns in stage 1 to give that LLaVA's visual tokens.
+trains everything on questions, a dozen about one image in a sequence. The LLaVA starts from nothing; the others start
+with the shipped LLaVA's language model (the InternVL with most of its tower too), and their towers learn in stage 1 to
+give that LLaVA's visual tokens.
 FOLDER gets `state.safetensors` (rewritten every minute; a run that was stopped goes on from it), `training_log.jsonl`
 and, at the end, the checkpoint, in a folder named like the family.
 """
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoProcessor
 
-from vis_sparse.eval.tiny import blocks, model_llava
+from vis_sparse.eval.tiny import blocks
 from vis_sparse.eval.tiny.data import KINDS, Scene, easy_vqa_scenes, framed, grid_scene, questions
 from vis_sparse.eval.tiny.families import FAMILIES, family_of
 from vis_sparse.eval.tiny.score import score
@@ -60,13 +61,17 @@ RECIPES = {
         Stage(2000, 1.5e-3, (4, 8), 0.5, 0.1, frozen=("model.language_model",)),
         Stage(600, 7e-4, (4, 8), 0.6, 0.0),
     ),
+    "internvl": (
+        Stage(1200, 1e-3, (4, 8), 0.5, 0.1, frozen=("model.language_model",)),
+        Stage(600, 5e-4, (4, 8), 0.6, 0.0),
+    ),
 }
 
 
 def train(name: str, folder: Path) -> None:
     run = Run(name, folder)
     model, total = run.model, sum(stage.steps for stage in run.recipe)
-    if run.family is model_llava:
+    if hasattr(model.model, "vision_tower"):
         model.model.vision_tower.set_attn_implementation("eager")  # faster than SDPA here, once compiled
     model.model.language_model.set_attn_implementation(blocks.ATTENTION)
     # For each size of image, one graph of the tower and one that all decoder layers share.
@@ -139,7 +144,8 @@ def training_batch(family: ModuleType, recipe: Sequence[Stage], step: int) -> bl
     data = blocks.batch(framed(scenes, [family.SIZES[step % len(family.SIZES)]]), family)
     if number == 1:
         return data
-    return replace(data, taught=llava_tokens([scene.image for scene in scenes], data.grid))
+    width = family.config().text_config.hidden_size
+    return replace(data, taught=llava_tokens([scene.image for scene in scenes], family.places(data.grid), width))
 
 
 def mirrored(scene: Scene, rng: np.random.Generator) -> Scene:

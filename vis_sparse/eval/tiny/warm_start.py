@@ -1,7 +1,7 @@
-"""The shipped LLaVA's language model as the first weights of a small Qwen2-VL's.
+"""The shipped LLaVA as a teacher of other small models, and its language model as the first weights of a Qwen2-VL's.
 
-The hidden state becomes twice as wide: the LLaVA's 128 numbers, then 128 that start at zero. Every two heads come to
-share a KV head, and the FFN keeps its strongest neurons.
+There the hidden state becomes twice as wide: the LLaVA's 128 numbers, then 128 that start at zero. Every two heads come
+to share a KV head, and the FFN keeps its strongest neurons.
 """
 
 import math
@@ -28,14 +28,16 @@ def llava() -> LlavaForConditionalGeneration:
 
 
 @torch.no_grad()
-def llava_tokens(images: Sequence[Image.Image], grid: tuple[int, int]) -> Tensor:
-    """The LLaVA's visual tokens of images (RGB, 96x96), on another grid and in the wider state: (B, tokens, 256)."""
+def llava_tokens(images: Sequence[Image.Image], places: Tensor, width: int) -> Tensor:
+    """The LLaVA's visual tokens of images (RGB, 96x96) at other places (tokens, 2), (y, x) as shares of the image, and
+    in a state of `width` numbers: (B, tokens, width)."""
     side = model_llava.GRID
     with torch.autocast("cpu", torch.bfloat16):
         tokens = model_llava.visual_tokens(llava(), model_llava.pixels(images), (side, side)).float()
     plane = tokens.transpose(1, 2).unflatten(2, (side, side))
-    plane = F.interpolate(plane, size=grid, mode="bilinear", align_corners=False)
-    return F.pad(plane.flatten(2).transpose(1, 2), (0, WIDTH))
+    at = (2 * places.flip(1) - 1).expand(len(images), 1, -1, 2)
+    found = F.grid_sample(plane, at, mode="bilinear", padding_mode="border", align_corners=False)
+    return F.pad(found.squeeze(2).transpose(1, 2), (0, width - WIDTH))
 
 
 @torch.no_grad()

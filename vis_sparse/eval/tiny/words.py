@@ -30,3 +30,22 @@ def tokenizer(words: tuple[str, ...], special: dict[str, str]) -> PreTrainedToke
         tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         extra_special_tokens=special, padding_side="left", model_max_length=1024,
     )
+
+
+def extended(special: dict[str, str]) -> tuple[str, ...]:
+    """`WORDS` at their places, so that the LLaVA's weights fit, with the first of `special` for `<image>`, and the
+    others after them."""
+    image, *others = special.values()
+    return (*WORDS[:IMAGE], image, *WORDS[IMAGE + 1 :], *others)
+
+
+def chat_template(image: str) -> str:
+    """A chat template whose prompt for one question is "USER: `image`\n`question` ASSISTANT:"."""
+    return (
+        "{% for message in messages %}"
+        "{{ message['role'].upper() }}: "
+        "{% for item in message['content'] if item['type'] == 'image' %}" + image + "\n{% endfor %}"
+        "{% for item in message['content'] if item['type'] == 'text' %}{{ item['text'] }} {% endfor %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
