@@ -1,9 +1,13 @@
 """`inspect`: what a patched model says of itself."""
 
+import math
+
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vis_sparse
+from vis_sparse.layout import VisualLayout
 from vis_sparse.plan import LayerPlan, Neighborhood, VisualPlan
 
 from .models import HEADS, IMAGE, LAYERS, NEURONS, make_batch, make_model
@@ -25,6 +29,20 @@ def test_counts_the_last_prompt():
     report = vis_sparse.flops(model, seen["plan"], layout=batch.layout, text_tokens=9)
     assert seen["flops"] == report.total < seen["flops_dense"]
     assert seen["flops"] - report.prefill.part("scores") == products
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_counts_no_padding(side):
+    """A ragged batch costs what its samples cost, each with the text rows of the longest."""
+    model = vis_sparse.patch(make_model(dtype=torch.float32), VisualPlan((SCATTERED,) * LAYERS))
+    batch = make_batch(model, [(5, IMAGE, 4), (2, IMAGE, 1, IMAGE, 3), (8,)], side)
+    model(**batch.by_ids())
+    seen = vis_sparse.inspect(model)
+    second = 2 + math.prod(IMAGE) + 1
+    layout = VisualLayout.from_grids([[(5, IMAGE)], [(2, IMAGE), (second, IMAGE)], []])
+    report = vis_sparse.flops(model, seen["plan"], layout=layout, text_tokens=9)
+    assert seen["flops"] == report.total < seen["flops_dense"]
 
 
 @torch.no_grad()

@@ -126,6 +126,12 @@ class Packing:
         visual = visual._replace(sample=np.broadcast_to(np.arange(self.batch)[:, None], self.visual_slots.shape))
         return Coordinates(*(np.concatenate([v, t], axis=1) for v, t in zip(visual, text)))
 
+    def layout_without_padding(self) -> VisualLayout:
+        """The call's segments, positions counted over the real tokens of the call."""
+        places = places_of(self.slots(), self.past + self.length)
+        moved = (replace(s, start=int(places[s.sample, s.start])) for s in self.layout.segments)
+        return VisualLayout(self.batch, tuple(moved))
+
     def keep(self, kept: np.ndarray) -> Packing:
         """The tables with the packed visual rows `kept`, ascending, and all text rows."""
         visual = self.visual.take(kept)

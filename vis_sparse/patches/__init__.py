@@ -165,8 +165,9 @@ def inspect(model: nn.Module) -> dict | None:
     if last is not None and last.layout.segments and not last.past:
         from ..cost import flops
 
+        layout = last.packing.layout_without_padding()
         for name, plan in (("flops", state.plan), ("flops_dense", VisualPlan.dense(state.plan.num_layers))):
-            counted[name] = flops(model, plan, layout=last.layout, text_tokens=last.text_length).total
+            counted[name] = flops(model, plan, layout=layout, text_tokens=last.text_length).total
     return {
         "plan": state.plan,
         "backend": state.backend.name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from ..call import Call
 from ..kernels import Backend
 from ..lanes import Decoder, LaneExecutor
 from ..layout import LayoutError, VisualLayout
-from ..packing import pack, text_coordinates
+from ..packing import Packing, pack, text_coordinates
 from ..plan import VisualPlan
 from .errors import PatchError
 from .family import Family
@@ -28,12 +28,14 @@ _KEPT_CALLS = 16
 
 @dataclass(frozen=True)
 class LastCall:
-    """The last call that ran in lanes: its segments, columns, columns cached before it, and text rows a sample."""
+    """The last call that ran in lanes: its segments, columns, columns cached before it, text rows a sample (those of
+    the longest text), and its tables."""
 
     layout: VisualLayout
     length: int
     past: int
     text_length: int
+    packing: Packing = field(repr=False)
 
 
 class PatchState:
@@ -154,7 +156,7 @@ class PatchState:
         hidden = run(self.executor, inputs_embeds, cos, sin, call, layers, collected, added)
         call.has_run = not self.executor.drops  # where tokens leave, a call has tables of its own
         hidden = self.executor.decoder.norm(hidden)
-        self.last = LastCall(layout, length, past, call.num_text // batch)
+        self.last = LastCall(layout, length, past, call.num_text // batch, call.packing)
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=past_key_values if use_cache else None,
