@@ -25,7 +25,7 @@ help:
 	@echo "make lint    ruff"
 	@echo "make bench   time of a prefill and a decode step at the width of LLaVA-1.5-7B (8 layers, 6.5 GB of weights)"
 	@echo "make results  every plan and its peers through lmms-eval on the shipped models: the table of the README"
-	@echo "make tiny    train the tiny LLaVA again from nothing (under 90 minutes on 2 cores), or another: FAMILY=qwen2_vl"
+	@echo "make tiny    train the tiny LLaVA again from nothing (under 90 minutes on 2 cores), or another: FAMILY=qwen2_vl, internvl"
 
 setup: $(READY)
 
