@@ -25,7 +25,7 @@ from vis_sparse.calibration.profiles import Target
 from vis_sparse.calibration.records import SampleError
 from vis_sparse.calibration.report import write_report
 from vis_sparse.calibration.samples import answer_rows
-from vis_sparse.calibration.search import OBJECTIVES, _exchange, best_within, search_front
+from vis_sparse.calibration.search import OBJECTIVES, _exchange, _stages, best_within, search_front
 from vis_sparse.cli.main import app
 from vis_sparse.cost import flops
 from vis_sparse.eval.tiny import checkpoint
@@ -132,6 +132,17 @@ def test_no_published_method_does_better_within_the_budget(model, samples, budge
     rivals = [plan for plans in methods.values() for plan in plans if costs[plan.layers] <= budget]
     assert len(rivals) > 10
     assert best.kl <= min(map(probe.divergence, rivals)) + 1e-6
+
+
+def test_a_search_finds_on_its_way_what_one_for_half_the_cost_finds(model, samples):
+    further, half = (list(search_front(model, samples[:2], budget=budget)) for budget in (0.3, 0.5))
+    assert best_within(further, 0.5).kl <= best_within(half, 0.5).kl + 1e-6
+    assert len({point.plan for point in further if point.cost <= 0.5}) > len({p.plan for p in half if p.cost <= 0.5})
+
+
+@pytest.mark.parametrize(("budget", "stages"), [(1, [1]), (0.5, [0.5]), (0.25, [0.5, 0.25]), (0.12, [0.5, 0.25, 0.12])])
+def test_exchanges_are_made_at_halvings_of_the_cost(budget, stages):
+    assert _stages(budget) == stages
 
 
 def test_an_exchange_ends_where_no_pair_of_moves_helps(model, samples):

@@ -1,8 +1,10 @@
 """Search: the plan for a budget, by measured loss.
 
 Three ways to find plans, in this order: greedy steps down from dense; the chains of the published methods; exchanges,
-which from the best plan so far give cost back in one layer and take it in another. A candidate's loss is measured on
-the model, from the layer on in which it leaves the plan that it was made from; candidates are ranked by a rough
+which from the best plan so far give cost back in one layer and take it in another. Exchanges are made at half of the
+cost, at a quarter and so on down to the budget, with greedy steps from each to the next: what is best at a small budget
+is often near what is best at a larger one, and far from where the first way down ends. A candidate's loss is measured
+on the model, from the layer on in which it leaves the plan that it was made from; candidates are ranked by a rough
 measurement, results have an exact one.
 """
 
@@ -64,7 +66,8 @@ def search_front(
     batch: int = 16,
     log: str | Path | None = None,
 ) -> Iterator[Point]:
-    """Plans from dense to `budget`, as they are found: the greedy way down, the published methods, better ones.
+    """Plans from dense to `budget`, as they are found: the greedy way down, the published methods, better ones at
+    each halving of the cost.
 
     samples: as `calibrate` takes them, with labels; a search fits those that it has, so take some hundreds. budget:
     share in (0, 1] of the dense model's `cost`: "visual", FLOPs of the visual lane in prefill; "prefill", FLOPs of the
@@ -109,31 +112,41 @@ def search_front(
     end = float("inf") if time_limit is None else time.monotonic() + time_limit
 
     def ways() -> Iterator[Point]:
-        yield from _descend(meter, moves, loss, budget, end)
+        yield from _descend(meter, moves, loss, meter(meter.dense), budget, end)
         meter.start_from(meter.dense)
         methods = chains(calibration.heads, shape.kv_heads, lambda plan: loss(meter(plan)))
         yield from map(meter, itertools.chain.from_iterable(methods.values()))
-        start = best_within(found, budget, objective)
-        yield from _exchange(meter, moves, loss, start, budget)
+        start = None
+        for share in _stages(budget):
+            if start is not None:
+                yield from _descend(meter, moves, loss, start, share, end)
+            yield from _exchange(meter, moves, loss, best_within(found, share, objective), share)
+            start = best_within(found, share, objective)
 
     found: list[Point] = []
     for point in ways():
         found.append(replace(point, plan=point.plan.replace(name="searched", about="Found by vis_sparse.search")))
         yield found[-1]
-        if time.monotonic() > end and point.cost <= budget:
+        if time.monotonic() > end and min(each.cost for each in found) <= budget:
             return
+
+
+def _stages(budget: float) -> list[float]:
+    """Halvings of the whole cost that are well above the budget, and the budget."""
+    halvings = itertools.takewhile(lambda share: share > 1.4 * budget, (0.5**power for power in itertools.count(1)))
+    return [*halvings, budget]
 
 
 def _count(cost: Callable[[CostReport], int], shape, layout: VisualLayout, length: int, plan: VisualPlan) -> int:
     return cost(flops(shape, plan, layout=layout, text_tokens=length - layout.num_visual))
 
 
-def _descend(meter, moves, loss, budget: float, end: float) -> Iterator[Point]:
-    """From dense to the budget, each step the one that loses least for what it saves.
+def _descend(meter, moves, loss, point: Point, budget: float, end: float) -> Iterator[Point]:
+    """From a point to the budget, each step the one that loses least for what it saves.
 
     The candidates are measured again from the most promising one until one stays in front.
     """
-    point = meter(meter.dense)
+    meter.start_from(point.plan)
 
     def rough(plan: VisualPlan) -> float:
         return loss(meter(plan, rough=True))
