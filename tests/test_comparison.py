@@ -148,16 +148,20 @@ def test_answers_are_those_of_greedy_generate(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
-def test_calibrated_heads_are_better_than_random_ones(family):
-    """A quarter of the heads by the shipped scores, on held-out questions: KL below that of every random mask, and at
-    least 10 points more than the worst quarter on place and count."""
+def test_calibrated_heads_and_neurons_are_better_than_others(family):
+    """By the shipped scores, on held-out questions. A quarter of the heads: KL below that of every random mask, and at
+    least 10 points more than the worst quarter on place and count. Neurons: KL below that of as many first ones."""
     model = AutoModelForImageTextToText.from_pretrained(checkpoint(family), dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(checkpoint(family))
-    field = Field()
-    add_heads(field, Calibration.load(checkpoint(family) / "heads.safetensors"))
+    field, calibration = Field(), Calibration.load(checkpoint(family) / "heads.safetensors")
+    add_heads(field, calibration)
+    add_neurons(field, calibration)
     given = answers(Target.of(model), processor, field.plans.values(), 30, lambda done, total: None)
     ours = given[field.plans["heads: calibrated"].layers]
     for rival in field.rivals["heads: calibrated"]:
         assert ours.kl < given[field.plans[rival].layers].kl / 1.5, rival
     worst = given[field.plans["heads: inverted"].layers]
     assert all(ours.score(kind) >= worst.score(kind) + 0.1 for kind in ("place", "count"))
+    for share in NEURONS:
+        best, first = (given[field.plans[f"neurons {share:.0%}: {name}"].layers] for name in ("calibrated", "first"))
+        assert best.kl < first.kl

@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/comparison"), metavar="FOLDER")
     parser.add_argument("--model", choices=list(TINY.values()), default="llava")
     parser.add_argument("--samples", type=int, default=512, help="training questions that calibration and search see")
-    parser.add_argument("--questions", type=int, default=4000, help="held-out questions of each kind")
+    parser.add_argument("--questions", type=int, default=2000, help="held-out questions of each kind")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     with progress("comparing") as step:
