@@ -15,7 +15,7 @@ from vis_sparse.comparison.__main__ import paired
 from vis_sparse.comparison.answers import Answers, answers
 from vis_sparse.comparison.paired import holm, mcnemar, only_one_right
 from vis_sparse.comparison.plans import NEURONS, Field, add_budget, add_heads, add_neurons, spending
-from vis_sparse.eval.tiny import checkpoint
+from vis_sparse.eval.tiny import NAMES, checkpoint
 from vis_sparse.eval.tiny.data import KINDS, questions
 from vis_sparse.eval.tiny.score import answers as generated
 from vis_sparse.plan import LayerPlan, VisualPlan
@@ -147,7 +147,7 @@ def test_answers_are_those_of_greedy_generate(monkeypatch):
     assert not given[plans[1].layers].right["place"].all()
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("family", NAMES)
 def test_calibrated_heads_and_neurons_are_better_than_others(family):
     """By the shipped scores, on held-out questions. A quarter of the heads: KL below that of every random mask, and at
     least 10 points more than the worst quarter on place and count. Neurons: KL below that of as many first ones."""

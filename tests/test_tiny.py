@@ -284,7 +284,7 @@ def test_answers_are_words(family, processor, model):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_accuracy(family, processor, model, kind):
-    batches, asked = [], questions(kind, 100, sizes=family.SIZES)
+    batches, asked = [], questions(kind, 200, sizes=family.SIZES)
     accuracy = score(model, processor, asked, batch_size=50, on_batch=lambda *at: batches.append(at))
-    assert batches == [(50, 100), (100, 100)]
+    assert batches == [(50, 200), (100, 200), (150, 200), (200, 200)]
     assert accuracy[kind] >= FLOORS[family.NAME][kind]

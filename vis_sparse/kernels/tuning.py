@@ -90,9 +90,8 @@ def decode_blocks(head_dim: int, item_size: int, group: int, device: Device) -> 
     """Few queries: all heads of a KV group a program, so that each key is read once."""
     members = triton.next_power_of_2(group)
     wide = width_block(head_dim) * item_size > 256
-    if item_size == 4:
-        return Blocks(max(_DECODE_ROWS // members, 1), 32 if wide else 64, 4, 1)
-    return Blocks(max(_DECODE_ROWS // members, 1), 32 if wide else 64, 4, 2, _bound(168, head_dim, device))
+    stages, bound = (1, 0) if item_size == 4 else (2, _bound(168, head_dim, device))
+    return Blocks(max(_DECODE_ROWS // members, 1), 32 if wide else 64, 4, stages, bound)
 
 
 def is_decode(queries: int, group: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
@@ -151,6 +152,17 @@ def use_layout(model: nn.Module, layout: VisualLayout) -> Iterator[None]:
         state.given = before
 
 
+@dataclass(frozen=True)
+class LastCall:
+    """A call that ran in lanes: its segments, columns, columns cached before it, and text rows a sample (those of the
+    longest text)."""
+
+    layout: VisualLayout
+    length: int
+    past: int
+    text_length: int
+
+
 def inspect(model: nn.Module) -> dict | None:
     """What a patched model does; None if it is not patched.
 
@@ -161,11 +173,13 @@ def inspect(model: nn.Module) -> dict | None:
     state = _state(model)
     if state is None:
         return None
-    counted, last = {}, state.last
+    counted, last, packing = {}, None, state.last
+    if packing is not None:
+        last = LastCall(packing.layout, packing.length, packing.past, packing.num_text // packing.batch)
     if last is not None and last.layout.segments and not last.past:
         from ..cost import flops
 
-        layout = last.packing.layout_without_padding()
+        layout = packing.layout_without_padding()
         for name, plan in (("flops", state.plan), ("flops_dense", VisualPlan.dense(state.plan.num_layers))):
             counted[name] = flops(model, plan, layout=layout, text_tokens=last.text_length).total
     return {

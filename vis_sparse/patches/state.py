@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import types
 import warnings
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,18 +25,6 @@ from .family import Family
 _KEPT_CALLS = 16
 
 
-@dataclass(frozen=True)
-class LastCall:
-    """The last call that ran in lanes: its segments, columns, columns cached before it, text rows a sample (those of
-    the longest text), and its tables."""
-
-    layout: VisualLayout
-    length: int
-    past: int
-    text_length: int
-    packing: Packing = field(repr=False)
-
-
 class PatchState:
     """Lives on the text model as `_vis_sparse`. Hooks on the outer model read the layout, `forward` uses it."""
 
@@ -46,7 +33,7 @@ class PatchState:
         self.text_model = family.text_model(outer)
         self.executor = LaneExecutor(decoder, plan, backend)
         self.given: VisualLayout | None = None
-        self.last: LastCall | None = None
+        self.last: Packing | None = None  # of the last call that ran in lanes
         self.layout: VisualLayout | None = None  # of the running call of the outer model
         self._calls: dict = {}
         self._warned = False
@@ -156,7 +143,7 @@ class PatchState:
         hidden = run(self.executor, inputs_embeds, cos, sin, call, layers, collected, added)
         call.has_run = not self.executor.drops  # where tokens leave, a call has tables of its own
         hidden = self.executor.decoder.norm(hidden)
-        self.last = LastCall(layout, length, past, call.num_text // batch, call.packing)
+        self.last = call.packing
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=past_key_values if use_cache else None,
