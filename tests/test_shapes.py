@@ -35,7 +35,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from vis_sparse.cost import flops
-from vis_sparse.image_grids import FixedGrid, SmartResize, encode_images
+from vis_sparse.image_grids import FixedGrid, SmartResize
 from vis_sparse.shape_config import MODEL_TYPES, shape_of_config
 from vis_sparse.shapes import ShapeError, as_shape, load_shape, shape_names, shape_of
 
@@ -175,7 +175,7 @@ def test_onevision_images_are_transformers(size):
     processor.image_processor = SimpleNamespace(image_grid_pinpoints=LlavaOnevisionConfig().image_grid_pinpoints)
     processor.num_image_tokens, processor.vision_aspect_ratio = 27 * 27, "anyres_max_9"
     assert tokens_of(ONEVISION.image.encode(*size)) == processor._get_number_of_features(*size, 384, 384)
-    several = encode_images(ONEVISION.image, 2, *size)
+    several = ONEVISION.image.encode_several(2, *size)
     assert [each.grids for each in several] == [((1, 27, 27), (1, 1, 1))] * 2
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from .cost_conventions import executed, fastv, macs, paper, tokens_by_layer
 from .cost_report import CostReport
 from .heads import resolve_heads
-from .image_grids import EncodedImage, Grid, encode_images
+from .image_grids import EncodedImage, Grid
 from .layout import LayoutError, VisualLayout
 from .plan import PlanError, VisualPlan
 from .plan_yaml import as_plan
@@ -113,7 +113,7 @@ def _encode(
     height, width = image_size or shape.image.default_size
     if images < 0 or height < 1 or width < 1:
         raise ShapeError(f"images: got {images} of {height} x {width} pixels, expected a count >= 0 and sides >= 1")
-    encoded = encode_images(shape.image, images, height, width)
+    encoded = shape.image.encode_several(images, height, width)
     if video_frames < 0:
         raise ShapeError(f"video_frames: got {video_frames}, expected a count >= 0")
     if not video_frames:

@@ -1,7 +1,7 @@
 """From an image's size to the grids of its visual tokens, and to what the vision tower runs for it.
 
-One class a rule, holding the rule's settings (they come from a shape file or a model's config) and one method,
-`encode(height, width)`. Sizes are pixels, (height, width) as in transformers.
+One class a rule, holding the rule's settings (they come from a shape file or a model's config). Sizes are pixels,
+(height, width) as in transformers.
 """
 
 from __future__ import annotations
@@ -29,8 +29,22 @@ class EncodedImage:
     projected: int
 
 
+class ImageRule:
+    """What the images of one sample become."""
+
+    __slots__ = ()
+
+    def encode(self, height: int, width: int) -> EncodedImage:
+        """One image alone in its sample."""
+        raise NotImplementedError
+
+    def encode_several(self, images: int, height: int, width: int) -> tuple[EncodedImage, ...]:
+        """`images` images, all of one size."""
+        return (self.encode(height, width),) * images
+
+
 @dataclass(frozen=True, slots=True)
-class FixedGrid:
+class FixedGrid(ImageRule):
     """Every image is resized to one square (LLaVA-1.5). grid: (height, width) in tokens."""
 
     grid: tuple[int, int]
@@ -42,7 +56,7 @@ class FixedGrid:
 
 
 @dataclass(frozen=True, slots=True)
-class AnyRes:
+class AnyRes(ImageRule):
     """LLaVA-NeXT: a base view, then tiles put together to one grid, its padding cut off, a newline token a row.
 
     tile: side of a tile in pixels. grid: (height, width) of a tile in tokens. pinpoints: (height, width) in pixels to
@@ -97,6 +111,9 @@ class OneVision(AnyRes):
             rows, columns = int(rows // ratio), int((columns - 1) // ratio) + 1
         return replace(encoded, grids=(base, (1, rows, columns)))
 
+    def encode_several(self, images: int, height: int, width: int) -> tuple[EncodedImage, ...]:
+        return (self.encode(height, width) if images == 1 else self.encode_one_of_several(),) * images
+
     def encode_one_of_several(self) -> EncodedImage:
         size = self.grid[0] * self.grid[1]
         return EncodedImage(((1, *self.grid), (1, 1, 1)), (size,), size)
@@ -123,7 +140,7 @@ def smart_resize(
 
 
 @dataclass(frozen=True, slots=True)
-class SmartResize:
+class SmartResize(ImageRule):
     """Qwen2-VL: sides rounded to whole merged patches, the area kept within bounds. patch: pixels; merge: patches."""
 
     patch: int
@@ -139,7 +156,7 @@ class SmartResize:
 
 
 @dataclass(frozen=True, slots=True)
-class Tiles:
+class Tiles(ImageRule):
     """InternVL: up to `max_tiles` square tiles in the arrangement nearest the image's shape, then a thumbnail."""
 
     tile: int
@@ -172,11 +189,3 @@ class Tiles:
 
 
 IMAGE_RULES = {"fixed": FixedGrid, "anyres": AnyRes, "onevision": OneVision, "resize": SmartResize, "tiles": Tiles}
-ImageRule = FixedGrid | AnyRes | OneVision | SmartResize | Tiles
-
-
-def encode_images(rule: ImageRule, images: int, height: int, width: int) -> tuple[EncodedImage, ...]:
-    """What `images` images of one sample become, all of one size."""
-    if images > 1 and isinstance(rule, OneVision):
-        return (rule.encode_one_of_several(),) * images
-    return (rule.encode(height, width),) * images
