@@ -14,7 +14,7 @@ from vis_sparse.comparison import tables
 from vis_sparse.comparison.__main__ import paired
 from vis_sparse.comparison.answers import Answers, answers
 from vis_sparse.comparison.paired import holm, mcnemar, only_one_right
-from vis_sparse.comparison.plans import NEURONS, Field, add_budget, add_heads, add_neurons, spending
+from vis_sparse.comparison.plans import NEURONS, Field, add_budget, add_heads, add_neurons
 from vis_sparse.eval.tiny import NAMES, checkpoint
 from vis_sparse.eval.tiny.data import KINDS, questions
 from vis_sparse.eval.tiny.score import answers as generated
@@ -94,20 +94,22 @@ def test_rival_neurons_are_as_many():
     assert field.plans["neurons 0%"].layers == (LayerPlan(ffn=0.0),) * LAYERS
 
 
-def test_rivals_of_a_budget_cost_no_less_if_they_can():
-    chain = [VisualPlan((LayerPlan(ffn=share),)) for share in (1.0, 0.25, 0.5)]
+def test_rivals_of_a_budget_are_the_best_within_it_and_the_cheapest_beyond():
+    chain = [VisualPlan((LayerPlan(ffn=share),)) for share in (1.0, 0.25, 0.125, 0.75, 0.5)]
 
-    def cost(plan):
+    def share(plan):
         return plan.layers[0].ffn
 
-    assert [cost(spending(chain, least, cost)) for least in (0.2, 0.3, 0.5, 0.7)] == [0.25, 0.5, 0.5, 1.0]
-    found = VisualPlan((LayerPlan(ffn=0.3),))
-    field = Field()
-    add_budget(field, 0.35, found, {"A": chain, "B": chain[1:2]}, cost)
-    assert {name: cost(plan) for name, plan in field.plans.items()} == {
-        "35%: searched": 0.3, "35%: A": 0.5, "35%: B": 0.25,
+    def odd(plan):
+        """A loss that is not least for the dearest plan."""
+        return abs(share(plan) - 0.2)
+
+    found, field = VisualPlan((LayerPlan(ffn=0.3),)), Field()
+    add_budget(field, 0.5, found, {"A": chain, "B": chain[:1], "C": chain[2:3]}, share, odd)
+    assert {name: share(plan) for name, plan in field.plans.items()} == {
+        "50%: searched": 0.3, "50%: A": 0.25, "50%: A +": 0.75, "50%: B +": 1.0, "50%: C": 0.125,
     }  # fmt: skip
-    assert field.rivals == {"35%: searched": ["35%: A", "35%: B"]}
+    assert field.rivals == {"50%: searched": ["50%: A", "50%: A +", "50%: B +", "50%: C"]}
 
 
 def test_pairs_and_their_table():
@@ -121,10 +123,11 @@ def test_pairs_and_their_table():
     given = {ours.layers: Answers(right["ours"], 0.1), theirs.layers: Answers(right["theirs"], 0.2)}
     rows = paired(field, given)
     by_kind = {row["kind"]: (row["only_plan"], row["only_rival"]) for row in rows}
-    assert by_kind == {"easy_vqa": (0, 0), "place": (9, 0), "count": (1, 6), "exists": (0, 0)}
-    assert [row["p_holm"] for row in rows] == pytest.approx([1, 4 * 2 / 2**9, 3 * 16 / 2**7, 1])
+    kinds = {"easy_vqa": (0, 0), "place": (9, 0), "count": (1, 6), "exists": (0, 0)}
+    assert by_kind == kinds | {"digit grid": (10, 6)}
+    assert [row["p_holm"] for row in rows] == pytest.approx([1, 5 * 2 / 2**9, 4 * 16 / 2**7, 1, 1])
     *_, line = tables.pairs(rows).splitlines()
-    assert line == "| 30%: searched | 30%: A | 0 : 0 | 9 : 0, p 0.0039 << | 1 : 6, p 0.12 | 0 : 0 |"
+    assert line == "| 30%: searched | 30%: A | 0 : 0 | 9 : 0, p 0.0039 << | 1 : 6, p 0.12 | 0 : 0 | 10 : 6, p 0.45 |"
 
 
 def test_answers_are_those_of_greedy_generate(monkeypatch):

@@ -5,6 +5,7 @@ import csv
 import json
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,6 +171,48 @@ def test_moves_go_both_ways(model, samples):
         assert layer not in options and len(set(options)) == len(options)
     important = np.argsort(-calibrate(model, samples).neurons[1])[:12]
     assert LayerPlan(ffn=tuple(sorted(important.tolist()))) in down
+
+
+def test_near_layers_change_places():
+    rng = np.random.default_rng(0)
+    scores = SimpleNamespace(heads=rng.random((6, 8)), neurons=rng.random((6, 20)))
+    moves = Moves(scores, 8)
+
+    def best(layer, heads, neurons):
+        mask, kept = np.zeros(8, dtype=bool), np.argsort(-scores.neurons[layer])[:neurons]
+        mask[np.argsort(-scores.heads[layer])[:heads]] = True
+        return {"heads": tuple(mask.tolist()), "ffn": tuple(sorted(kept.tolist()))}
+
+    busy = LayerPlan(attention=Neighborhood(2), **best(1, 3, 5))
+    plan = VisualPlan((LayerPlan.off(), busy, *(LayerPlan.off(),) * 4))
+    swaps = list(moves.swaps(plan))
+    assert {tuple(index for index, _ in swap) for swap in swaps} == {(0, 1), (1, 2), (1, 3), (1, 4), (1, 5)}
+    work = {"attention": Neighborhood(2), **best(4, 3, 5)}
+    off, silent = LayerPlan.off(), replace(busy, text_reads=False)
+    idle = replace(off, text_reads=True)
+    expected = [((1, idle), (4, LayerPlan(text_reads=False, **work)))]
+    expected += [((1, silent), (4, idle)), ((1, off), (4, LayerPlan(**work)))]
+    assert [tuple(swap) for swap in swaps if swap[1][0] == 4] == expected
+    far = VisualPlan((busy, *(LayerPlan.off(),) * 5))
+    assert {swap[1][0] for swap in moves.swaps(far)} == {1, 2, 3, 4}
+
+
+def test_an_exchange_moves_the_one_layer_that_is_read(model, samples):
+    """Text reads in the wrong layer, and nothing may cost more."""
+    probe = Probe(Target.of(model), samples)
+    reads = [VisualPlan.vica(LAYERS, [layer]) for layer in range(LAYERS)]
+    meter = Meter(probe, lambda plan: sum(layer.text_reads for layer in plan.layers), Log())
+    worst, best = (pick(map(meter, reads), key=lambda point: point.kl) for pick in (max, min))
+    found = list(_exchange(meter, Moves(calibrate(model, samples), 4), OBJECTIVES["kl"], worst, 1 / LAYERS))
+    assert found[-1].kl <= best.kl < worst.kl and found[-1].cost <= 1 / LAYERS
+
+
+def test_nothing_is_tried_when_the_time_is_up(model, samples, tmp_path):
+    """But for the way down; what is known already is told."""
+    limited, log = list(search_front(model, samples[:2], budget=0.5, time_limit=0, log=tmp_path / "a")), tmp_path / "b"
+    assert limited[-1].cost <= 0.5 < min(point.cost for point in limited[:-1])
+    whole = list(search_front(model, samples[:2], budget=0.5, log=log))
+    assert list(search_front(model, samples[:2], budget=0.5, time_limit=1e-9, log=log))[-1] == whole[-1]
 
 
 def test_a_killed_search_goes_on_to_the_same_points(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 
 from ..plan import VisualPlan
@@ -10,14 +11,21 @@ from .front import Point
 from .log import Log
 from .probe import Probe
 
-_ROUGH = 64  # samples
+_ROUGH = 128  # samples
+
+
+class TimeUp(Exception):
+    """A plan was to be measured after the time for it."""
 
 
 class Meter:
-    """Points of plans on a probe's samples, exactly or roughly: on about 64 of the samples.
+    """Points of plans on a probe's samples, exactly or roughly: on about 128 of the samples.
 
-    cost: of a plan, in any unit.
+    cost: of a plan, in any unit. until: time.monotonic() after which what is not known raises TimeUp; not limited at
+    first.
     """
+
+    until = float("inf")
 
     def __init__(self, probe: Probe, cost: Callable[[VisualPlan], float], log: Log):
         self._probe, self._cost, self._log, self._start = probe, cost, log, probe.plan
@@ -46,5 +54,7 @@ class Meter:
         return self._points[plan, rough]
 
     def _measure(self, plan: VisualPlan, every: int) -> list[float]:
+        if time.monotonic() > self.until:
+            raise TimeUp
         self._probe.adopt(self._start)
         return list(self._probe.measure(plan, every))

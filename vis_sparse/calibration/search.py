@@ -1,11 +1,11 @@
 """Search: the plan for a budget, by measured loss.
 
 Three ways to find plans, in this order: greedy steps down from dense; the chains of the published methods; exchanges,
-which from the best plan so far give cost back in one layer and take it in another. Exchanges are made at half of the
-cost, at a quarter and so on down to the budget, with greedy steps from each to the next: what is best at a small budget
-is often near what is best at a larger one, and far from where the first way down ends. A candidate's loss is measured
-on the model, from the layer on in which it leaves the plan that it was made from; candidates are ranked by a rough
-measurement, results have an exact one.
+which from the best plan so far give cost back in one layer and take it in another, or swap two layers. Exchanges are
+made at half of the cost, at a quarter and so on down to the budget, with greedy steps from each to the next: what is
+best at a small budget is often near what is best at a larger one, and far from where the first way down ends. A
+candidate's loss is measured on the model, from the layer on in which it leaves the plan that it was made from;
+candidates are ranked by a rough measurement, results have an exact one.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +25,11 @@ import numpy as np
 from ..cost import flops
 from ..cost_report import CostReport
 from ..layout import VisualLayout
-from ..plan import LayerPlan, PlanError, VisualPlan, with_layer
+from ..plan import PlanError, VisualPlan, with_layer
 from ..shapes import shape_of
 from .front import Point
+from .meter import Meter, TimeUp
+from .moves import Move, Moves
 
 # Costs that are counted, of which a budget is a share; "time" is measured.
 COUNTED: dict[str, Callable[[CostReport], int]] = {
@@ -81,13 +85,7 @@ def search_front(
     Raises PlanError for settings out of range, PatchError and SampleError as `calibrate` does.
     """
     from .chains import chains
-    from .fingerprint import of_samples, of_weights
-    from .log import Log
     from .measure import calibrate
-    from .meter import Meter
-    from .moves import Moves
-    from .probe import Probe
-    from .profiles import Target
     from .samples import on_device
 
     if not 0 < budget <= 1:
@@ -97,6 +95,39 @@ def search_front(
             raise PlanError(f"{name}: got {given!r}, expected one of {', '.join(known)}")
     samples = [on_device(sample, model) for sample in samples]
     calibration = calibration or calibrate(model, samples)
+    meter, kv_heads = meter_of(model, samples, cost, batch, log), shape_of(model).kv_heads
+    loss, moves = OBJECTIVES[objective], Moves(calibration, kv_heads)
+    end = float("inf") if time_limit is None else time.monotonic() + time_limit
+
+    def ways() -> Iterator[Point]:
+        yield from _descend(meter, moves, loss, meter(meter.dense), budget, end)
+        meter.until = end
+        meter.start_from(meter.dense)
+        methods = chains(calibration.heads, kv_heads, lambda plan: loss(meter(plan)))
+        yield from map(meter, itertools.chain.from_iterable(methods.values()))
+        start = None
+        for share in _stages(budget):
+            if start is not None:
+                yield from _descend(meter, moves, loss, start, share, end)
+            yield from _exchange(meter, moves, loss, best_within(found, share, objective), share)
+            start = best_within(found, share, objective)
+
+    found: list[Point] = []
+    with suppress(TimeUp):
+        for point in ways():
+            found.append(replace(point, plan=point.plan.replace(name="searched", about="Found by vis_sparse.search")))
+            yield found[-1]
+
+
+def meter_of(
+    model, samples: Sequence[dict], cost: str = "visual", batch: int = 16, log: str | Path | None = None
+) -> Meter:
+    """What measures plans in a search with these settings (`search_front`), with what is in its log."""
+    from .fingerprint import of_samples, of_weights
+    from .log import Log
+    from .probe import Probe
+    from .profiles import Target
+
     target, shape = Target.of(model), shape_of(model)
     probe = Probe(target, samples, batch)
     known = Log(log, {"weights": of_weights(target.text_model), "samples": of_samples(samples)})
@@ -107,28 +138,7 @@ def search_front(
         counted = LayerTimes(Probe(target, samples[middle : middle + 1]), known)
     else:
         counted = partial(_count, COUNTED[cost], shape, probe.layouts[middle], probe.lengths[middle])
-    meter = Meter(probe, counted, known)
-    loss, moves = OBJECTIVES[objective], Moves(calibration, shape.kv_heads)
-    end = float("inf") if time_limit is None else time.monotonic() + time_limit
-
-    def ways() -> Iterator[Point]:
-        yield from _descend(meter, moves, loss, meter(meter.dense), budget, end)
-        meter.start_from(meter.dense)
-        methods = chains(calibration.heads, shape.kv_heads, lambda plan: loss(meter(plan)))
-        yield from map(meter, itertools.chain.from_iterable(methods.values()))
-        start = None
-        for share in _stages(budget):
-            if start is not None:
-                yield from _descend(meter, moves, loss, start, share, end)
-            yield from _exchange(meter, moves, loss, best_within(found, share, objective), share)
-            start = best_within(found, share, objective)
-
-    found: list[Point] = []
-    for point in ways():
-        found.append(replace(point, plan=point.plan.replace(name="searched", about="Found by vis_sparse.search")))
-        yield found[-1]
-        if time.monotonic() > end and min(each.cost for each in found) <= budget:
-            return
+    return Meter(probe, counted, known)
 
 
 def _stages(budget: float) -> list[float]:
@@ -151,7 +161,7 @@ def _descend(meter, moves, loss, point: Point, budget: float, end: float) -> Ite
     def rough(plan: VisualPlan) -> float:
         return loss(meter(plan, rough=True))
 
-    def rate(move: tuple[int, LayerPlan]) -> float:
+    def rate(move: Move) -> float:
         """Loss per share of the cost saved; infinite if nothing is saved."""
         candidate = with_layer(point.plan, *move)
         saved = point.cost - meter.cost(candidate)
@@ -183,25 +193,38 @@ def _descend(meter, moves, loss, point: Point, budget: float, end: float) -> Ite
 def _exchange(meter, moves, loss, point: Point, budget: float) -> Iterator[Point]:
     """From a plan within the budget to better ones within it, until a round finds none.
 
-    A round measures the moves from the plan, each alone, and then, on the model, the pairs of them that promise most
-    if losses and costs add up.
+    A round measures the moves from the plan roughly, each alone, then the pairs of them that promise most if losses and
+    costs add up, and all swaps of two layers; those that are better so are measured exactly, the best first.
     """
     better = True
     while better:
-        better = False
-        start = point
+        better, start = False, point
         meter.start_from(start.plan)
-        for pair in _pairs(meter, moves, loss, start, budget):
-            if all(start.plan.layers[index] == point.plan.layers[index] for index, _ in pair):
-                plan = point.plan
-                for move in pair:
-                    plan = with_layer(plan, *move)
+        changes = [*_pairs(meter, moves, loss, start, budget), *moves.swaps(start.plan)]
+        for change in _promising(meter, loss, start, changes, budget):
+            if all(start.plan.layers[index] == point.plan.layers[index] for index, _ in change):
+                plan = _with_layers(point.plan, change)
                 if meter.cost(plan) <= budget and loss(meter(plan)) < loss(point) - _FREE:
                     point, better = meter(plan), True
                     yield point
 
 
-def _pairs(meter, moves, loss, start: Point, budget: float) -> Iterator[list[tuple[int, LayerPlan]]]:
+def _promising(meter, loss, start: Point, changes: Iterable[list[Move]], budget: float) -> list[list[Move]]:
+    """The changes to a plan that keep it within the budget and look better, the best first."""
+    limit = loss(meter(start.plan, rough=True)) - _FREE
+    plans = [_with_layers(start.plan, change) for change in changes]
+    within = [(plan, change) for plan, change in zip(plans, changes) if meter.cost(plan) <= budget]
+    rough = [(loss(meter(plan, rough=True)), change) for plan, change in within]
+    return [change for _, change in sorted((each for each in rough if each[0] < limit), key=itemgetter(0))]
+
+
+def _with_layers(plan: VisualPlan, change: Iterable[Move]) -> VisualPlan:
+    for move in change:
+        plan = with_layer(plan, *move)
+    return plan
+
+
+def _pairs(meter, moves, loss, start: Point, budget: float) -> Iterator[list[Move]]:
     """The pairs of moves in two layers, and the moves alone, of which the least loss is expected within the budget."""
     everything = list(moves.of(start.plan))
     saved = np.array([start.cost - meter.cost(with_layer(start.plan, *move)) for move in everything])

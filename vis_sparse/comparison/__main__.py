@@ -9,30 +9,25 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from operator import truediv
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..calibration import calibrate
 from ..calibration.chains import chains
 from ..calibration.front import described
-from ..calibration.probe import Probe
 from ..calibration.profiles import Target
 from ..calibration.samples import encode
-from ..calibration.search import COUNTED, best_within, search_front
+from ..calibration.search import best_within, meter_of, search_front
 from ..cli.data import TINY, records
-from ..cost import flops
 from ..eval.progress import progress
 from ..eval.timing import machine_facts
 from ..eval.tiny import checkpoint
-from ..eval.tiny.data import KINDS
 from ..plan import VisualPlan
 from ..shapes import shape_of
 from . import tables
-from .answers import Answers, Layers, answers
+from .answers import SCORED, Answers, Layers, answers
 from .paired import holm, mcnemar, only_one_right
 from .plans import BUDGETS, Field, add_budget, add_heads, add_neurons
 
@@ -45,28 +40,27 @@ def compare(family: str, num_samples: int, asked: int, out: Path, on_step) -> di
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
     samples = [encode(processor, record) for record in records(data, num_samples, None)]
-    calibration, target, shape = calibrate(model, samples, data=data), Target.of(model), shape_of(model)
-    probe = Probe(target, samples)
-    middle = int(np.argsort(probe.lengths, kind="stable")[len(samples) // 2])
-    layout, text = probe.layouts[middle], probe.lengths[middle] - probe.layouts[middle].num_visual
+    calibration, target, log = calibrate(model, samples, data=data), Target.of(model), out / f"{family}.log"
+    searched = {}
+    for budget in BUDGETS:
+        points = search_front(model, samples, budget=budget, calibration=calibration, log=log)
+        searched[budget] = best_within(points, budget)
+        (out / f"{family}-{budget:.0%}.yaml").write_text(described(searched[budget], "visual").to_yaml())
+    meter = meter_of(model, samples, log=log)
 
-    def cost(plan: VisualPlan) -> float:
-        counted = (flops(shape, each, layout=layout, text_tokens=text) for each in (plan, probe.plan))
-        return truediv(*map(COUNTED["visual"], counted))
+    def loss(plan: VisualPlan) -> float:
+        return meter(plan).kl
 
     def asked_about(field: Field, asked: int) -> dict:
         given = answers(target, processor, field.plans.values(), asked, on_step)
-        return {"questions": asked, "plans": scored(field, given, cost), "pairs": paired(field, given)}
+        return {"questions": asked, "plans": scored(field, given, meter.cost), "pairs": paired(field, given)}
 
-    parts, budgets = Field({"dense": probe.plan}), Field({"dense": probe.plan})
+    parts, budgets = Field({"dense": meter.dense}), Field({"dense": meter.dense})
     add_heads(parts, calibration)
     add_neurons(parts, calibration)
-    methods = chains(calibration.heads, shape.kv_heads, probe.divergence)
-    for budget in BUDGETS:
-        points = search_front(model, samples, budget=budget, calibration=calibration, log=out / f"{family}.log")
-        found = best_within(points, budget)
-        (out / f"{family}-{budget:.0%}.yaml").write_text(described(found, "visual").to_yaml())
-        add_budget(budgets, budget, found.plan, methods, cost)
+    methods = chains(calibration.heads, shape_of(model).kv_heads, loss)
+    for budget, found in searched.items():
+        add_budget(budgets, budget, found.plan, methods, meter.cost, loss)
     return {
         "model": family,
         "samples": num_samples,
@@ -81,7 +75,7 @@ def scored(field: Field, given: dict[Layers, Answers], cost: Callable[[VisualPla
     rows = []
     for name, plan in field.plans.items():
         own = given[plan.layers]
-        scores = {kind: own.score(kind) for kind in KINDS}
+        scores = {name: own.score(name) for name in SCORED}
         layers = [str(layer) for layer in plan.layers]
         rows.append({"plan": name, "cost": cost(plan), **scores, "kl": own.kl, "layers": layers})
     return rows
@@ -95,9 +89,9 @@ def paired(field: Field, given: dict[Layers, Answers]) -> list[dict]:
 def _against_rivals(field: Field, plan: str, given: dict[Layers, Answers]) -> list[dict]:
     rows = []
     for rival in field.rivals[plan]:
-        ours, theirs = (given[field.plans[name].layers].right for name in (plan, rival))
-        for kind in KINDS:
-            only = only_one_right(ours[kind], theirs[kind])
+        ours, theirs = (given[field.plans[name].layers] for name in (plan, rival))
+        for kind in SCORED:
+            only = only_one_right(ours.to(kind), theirs.to(kind))
             rows.append({"plan": plan, "rival": rival, "kind": kind, "only_plan": only[0], "only_rival": only[1]})
     raw = [mcnemar(row["only_plan"], row["only_rival"]) for row in rows]
     return [row | {"p": p, "p_holm": corrected} for row, p, corrected in zip(rows, raw, holm(raw))]

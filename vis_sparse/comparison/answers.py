@@ -19,6 +19,9 @@ _CHUNK = 125  # questions whose states are held at once
 
 Layers = tuple[LayerPlan, ...]
 
+# What is scored: every kind of questions, and the task that three of them make up.
+SCORED = {kind: (kind,) for kind in KINDS} | {"digit grid": KINDS[1:]}
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -28,9 +31,13 @@ class Answers:
     right: dict[str, np.ndarray]
     kl: float
 
-    def score(self, kind: str) -> float:
+    def to(self, scored: str) -> np.ndarray:
+        """(questions,) bool: which questions of a name in `SCORED` are answered right."""
+        return np.concatenate([self.right[kind] for kind in SCORED[scored]])
+
+    def score(self, scored: str) -> float:
         """Share of right answers."""
-        return float(self.right[kind].mean())
+        return float(self.to(scored).mean())
 
 
 def answers(

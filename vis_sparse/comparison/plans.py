@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,13 +65,16 @@ def add_budget(
     found: VisualPlan,
     methods: dict[str, list[VisualPlan]],
     cost: Callable[[VisualPlan], float],
+    loss: Callable[[VisualPlan], float],
 ) -> None:
-    """The searched plan of a budget against the published methods, each at no less than the searched plan's cost."""
-    theirs = {name: spending(chain, cost(found), cost) for name, chain in methods.items()}
+    """The searched plan of a budget against the published methods, each with its best plan within the budget, where it
+    has one, and with the cheapest that costs more ("+"). loss: on the samples that the search had."""
+    theirs = {}
+    for name, chain in methods.items():
+        within = [plan for plan in chain if cost(plan) <= budget]
+        beyond = [plan for plan in chain if cost(plan) > budget]
+        if within:
+            theirs[name] = min(within, key=loss)
+        if beyond:
+            theirs[f"{name} +"] = min(beyond, key=cost)
     field.add(f"{budget:.0%}", ("searched", found), theirs)
-
-
-def spending(chain: Iterable[VisualPlan], least: float, cost: Callable[[VisualPlan], float]) -> VisualPlan:
-    """The cheapest plan of a chain that costs at least `least`; the dearest one if none does."""
-    dear = sorted(chain, key=cost)
-    return next((plan for plan in dear if cost(plan) >= least), dear[-1])

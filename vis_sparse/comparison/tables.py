@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..eval.tiny.data import KINDS
+from .answers import SCORED
 
 LEVEL = 0.05
 
 
 def scores(rows: Iterable[dict]) -> str:
-    """One line a plan: share of the dense visual FLOPs, right answers by kind in per cent, KL."""
-    lines = _head("plan", "visual FLOPs", *KINDS, "KL")
+    """One line a plan: share of the dense visual FLOPs, right answers in per cent, KL."""
+    lines = _head("plan", "visual FLOPs", *SCORED, "KL")
     for row in rows:
-        right = (f"{100 * row[kind]:.1f}" for kind in KINDS)
+        right = (f"{100 * row[kind]:.1f}" for kind in SCORED)
         lines.append(_line(row["plan"], f"{row['cost']:.1%}", *right, f"{row['kl']:.4f}"))
     return "\n".join(lines) + "\n"
 
@@ -24,10 +24,10 @@ def pairs(rows: list[dict]) -> str:
     An arrow points to the plan that is ahead at p < 0.05: < ours, > the rival; doubled if it is ahead after Holm's
     correction too.
     """
-    lines = _head("plan", "rival", *KINDS)
+    lines = _head("plan", "rival", *SCORED)
     cells = {(row["plan"], row["rival"], row["kind"]): _cell(row) for row in rows}
     for plan, rival in dict.fromkeys((row["plan"], row["rival"]) for row in rows):
-        lines.append(_line(plan, rival, *(cells[plan, rival, kind] for kind in KINDS)))
+        lines.append(_line(plan, rival, *(cells[plan, rival, kind] for kind in SCORED)))
     return "\n".join(lines) + "\n"
 
 
