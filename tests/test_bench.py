@@ -10,11 +10,15 @@ import typer
 from typer.testing import CliRunner
 
 import vis_sparse
+from vis_sparse.calibration.profiles import Target
+from vis_sparse.calibration.samples import answer_rows
+from vis_sparse.cli.main import app as cli
 from vis_sparse.eval.bench import bench, bench_command
-from vis_sparse.eval.bench_model import image_layout, random_embeddings, random_model
+from vis_sparse.eval.bench_model import image_layout, image_samples, random_embeddings, random_model
 from vis_sparse.eval.measure import Measurement
 from vis_sparse.eval.memory import PeakBytes, cache_bytes
 from vis_sparse.eval.timing import in_turns, paired_ratio
+from vis_sparse.eval.tiny import checkpoint
 from vis_sparse.shapes import load_shape
 
 TIMES = ("dense_s", "dense_plan_s", "patched_s", "speedup", "flop_ratio", "efficiency", "efficiency_vs_dense_plan")
@@ -30,8 +34,6 @@ def shape():
 
 @pytest.fixture(scope="module")
 def results():
-    from vis_sparse.eval.tiny import checkpoint
-
     return bench(str(checkpoint()), ["dense", "auto", "yopo-12"], layers=4, text_tokens=10, repeats=2, decode=True)
 
 
@@ -153,8 +155,6 @@ def test_random_model_is_reproducible_and_finite(shape):
 
 
 def test_command_writes_one_object_for_one_plan_and_a_list_for_several(tmp_path):
-    from vis_sparse.eval.tiny import checkpoint
-
     app = typer.Typer()
     app.command()(bench_command)
     for plans, kind in (("auto", dict), ("auto,vtw", list)):
@@ -164,6 +164,28 @@ def test_command_writes_one_object_for_one_plan_and_a_list_for_several(tmp_path)
         assert done.exit_code == 0, done.output
         assert isinstance(json.loads(file.read_text()), kind)
         assert "unpatched" in done.output and "dense plan" in done.output
+
+
+def test_calibration_is_timed_beside_forward_passes(tmp_path):
+    file = tmp_path / "a.json"
+    options = ["--model", str(checkpoint()), "--layers", "2", "--samples", "7", "--repeats", "2", "--json", str(file)]
+    done = CliRunner().invoke(cli, ["bench", "calibration", *options], catch_exceptions=False)
+    assert done.exit_code == 0 and "calibrate, effects" in done.output
+    forward, *ways = json.loads(file.read_text())
+    assert forward["ratio"] == forward["flop_ratio"] == 1 and forward["visual_tokens"] == 144
+    assert {row["way"] for row in ways} == {"effects", "mass"}
+    for row in ways:
+        assert row["flop_ratio"] == row["flops"] / forward["flops"] > 1 and row["ratio"] > 0
+        assert row["spread"][0] <= row["s"] <= row["spread"][1]
+
+
+def test_calibration_samples_have_the_shapes_image_and_text(shape):
+    model = random_model(shape, torch.float32, CPU)
+    first, second = image_samples(model, shape, 2, 64, 3)
+    assert first["input_ids"].shape == (1, 576 + 64) and not torch.equal(first["input_ids"], second["input_ids"])
+    visual = first["input_ids"] == model.config.image_token_index
+    assert visual.sum() == Target.of(model).layout(first).num_visual == 576
+    assert answer_rows(first).tolist() == [636, 637, 638]
 
 
 def test_command_refuses_unknown_dtypes_and_devices():

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from ..calibration.records import SampleError
 from ..eval.bench import bench_command
+from ..eval.bench_calibration import bench_calibration_command
 from ..eval.bench_kernels import bench_kernels_command
 from ..eval.demo import demo_command
 from ..eval.evaluate import eval_command
@@ -63,6 +64,9 @@ bench_app.callback(
 )(bench_command)
 bench_app.command("kernels", epilog="Example: vis-sparse bench kernels --settings 24x24 --radius 2 --most-heads 4")(
     bench_kernels_command
+)
+bench_app.command("calibration", epilog="Example: vis-sparse bench calibration --model qwen2-vl-2b --layers 2")(
+    bench_calibration_command
 )
 app.add_typer(bench_app, name="bench")
 app.command("demo", epilog="Example: vis-sparse demo --questions 100")(demo_command)

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 from transformers.initialization import no_init_weights
 
+from ..calibration.samples import with_answer
 from ..layout import VisualLayout
 from ..shapes import ModelShape
 
@@ -69,3 +70,27 @@ def random_embeddings(shape: ModelShape, layout: VisualLayout, text_tokens: int,
     length = layout.num_visual // layout.batch_size + text_tokens
     generator = torch.Generator(device).manual_seed(1)
     return torch.randn(layout.batch_size, length, shape.hidden, generator=generator, device=device, dtype=dtype)
+
+
+def image_samples(model, shape: ModelShape, number: int, text_tokens: int, answer: int) -> list[dict]:
+    """Samples for `calibrate` on a `random_model`: random text around as many visual tokens as the shape's usual image
+    has, here of many small images.
+
+    text_tokens: all of a sample's text, of which the last `answer` are the answer.
+    """
+    size, generator = model.config.vision_config.image_size, torch.Generator().manual_seed(2)
+    image, held = model.config.image_token_index, model.config.image_seq_length
+    visual = image_layout(shape, 1, text_tokens, None).num_visual
+
+    def text(tokens: int) -> Tensor:
+        return torch.randint(image + 1, VOCABULARY, (tokens,), generator=generator)
+
+    def sample() -> dict:
+        before, after = TEXT_BEFORE, text_tokens - TEXT_BEFORE - answer
+        ids = torch.cat([text(before), torch.full((visual // held * held,), image), text(after)])[None]
+        pixels = torch.randn(visual // held, 3, size, size, generator=generator).to(model.dtype)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        return with_answer(inputs, text(answer))
+
+    return [sample() for _ in range(number)]

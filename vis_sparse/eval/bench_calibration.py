@@ -1,0 +1,121 @@
+"""`vis-sparse bench calibration`: what `calibrate` costs beside plain forward passes, at full width."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Annotated
+
+import typer
+
+from ..cli.options import JsonOption, ModelOption, report, tight_table
+
+FORWARD = "forward"
+TEXT, ANSWER = 64, 3  # tokens of a sample: all its text, and what of it is the answer
+SAMPLES = 33  # effects are measured on five of them: the share (15 %) that they are measured on of many
+
+
+def bench_calibration(
+    model: str = "llava-1.5-7b",
+    *,
+    layers: int = 2,
+    samples: int = SAMPLES,
+    dtype: str = "float32",
+    device: str = "cpu",
+    repeats: int = 3,
+    on_turn=None,
+) -> list[dict]:
+    """Figures of plain forward passes, and of `calibrate` with each kind of head scores on the same samples.
+
+    model: a shipped shape or a checkpoint folder (for its sizes; the weights are random, the vision tower is a toy, the
+    forward passes leave the LM head out). samples: each with as many visual tokens as the model's usual image has.
+    on_turn(done, total): called after each timed turn.
+
+    Seconds are of all samples together, medians over rounds in turns; ratio: to the forward passes, median over rounds;
+    flops: counted in a run that is not timed.
+    """
+    import dataclasses
+
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ..calibration import calibrate
+    from ..calibration.measure import SCORES
+    from ..shapes import load_shape
+    from .bench_model import image_samples, random_model
+    from .timing import in_turns, machine_facts, paired_ratio, timed
+
+    shape, place = dataclasses.replace(load_shape(model), layers=layers), torch.device(device)
+    built = random_model(shape, getattr(torch, dtype), place)
+    given = image_samples(built, shape, samples, TEXT, ANSWER)
+
+    @torch.no_grad()
+    def forward():
+        for sample in given:
+            built.model(**{name: value for name, value in sample.items() if name != "labels"}, use_cache=False)
+
+    ways = {FORWARD: forward} | {name: lambda name=name: calibrate(built, given, scores=name) for name in SCORES}
+    counted = {}
+    for name, way in ways.items():
+        with FlopCounterMode(display=False) as counter:
+            way()
+        counted[name] = counter.get_total_flops()
+    done, total = 0, repeats * len(ways)
+
+    def turn(name: str) -> dict[str, float]:
+        nonlocal done
+        seconds = timed(ways[name], place)
+        done += 1
+        if on_turn is not None:
+            on_turn(done, total)
+        return {"s": seconds}
+
+    times = {name: series["s"] for name, series in in_turns(list(ways), turn, repeats).items()}
+    setting = {"model": shape.name, "layers": layers, "samples": samples, "dtype": dtype, "repeats": repeats}
+    setting["visual_tokens"] = int((given[0]["input_ids"] == built.config.image_token_index).sum())
+    return [
+        {
+            "way": name,
+            **setting,
+            "s": statistics.median(series),
+            "spread": [min(series), max(series)],
+            "ratio": paired_ratio(series, times[FORWARD]),
+            "flops": counted[name],
+            "flop_ratio": counted[name] / counted[FORWARD],
+            **machine_facts(place),
+        }
+        for name, series in times.items()
+    ]
+
+
+def bench_calibration_command(
+    model: ModelOption = "llava-1.5-7b",
+    layers: Annotated[int, typer.Option(min=1, help="Decoder layers to build.")] = 2,
+    samples: Annotated[int, typer.Option(min=1, help="Samples in a round.")] = SAMPLES,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every way once.")] = 3,
+    json_file: JsonOption = None,
+) -> None:
+    """Time `calibrate` with each kind of head scores against plain forward passes over the same samples."""
+    from .progress import progress
+
+    with progress("timing in turns") as on_turn:
+        settings = {"layers": layers, "samples": samples, "dtype": dtype, "device": device, "repeats": repeats}
+        results = bench_calibration(model, on_turn=on_turn, **settings)
+    report(results, json_file, lambda console: _draw(console, results))
+
+
+def _draw(console, results: list[dict]) -> None:
+    from .tables import measured_on, seconds, span
+
+    first = results[0]
+    console.print(
+        f"{first['model']}, {first['layers']} layers, {first['dtype']}, {first['samples']} samples of "
+        f"{first['visual_tokens']} visual and {TEXT} text tokens"
+    )
+    table = tight_table("way", "time", "range", "to forward", "FLOPs to forward", left=("way",))
+    for row in results:
+        name = row["way"] if row["way"] == FORWARD else f"calibrate, {row['way']}"
+        table.add_row(name, seconds(row["s"]), span(row["spread"]), f"{row['ratio']:.2f}", f"{row['flop_ratio']:.2f}")
+    console.print(table)
+    console.print(measured_on(first), style="bright_black", highlight=False)
