@@ -26,7 +26,7 @@ from vis_sparse.calibration.profiles import Target
 from vis_sparse.calibration.records import SampleError
 from vis_sparse.calibration.report import write_report
 from vis_sparse.calibration.samples import answer_rows
-from vis_sparse.calibration.search import OBJECTIVES, _exchange, _stages, best_within, search_front
+from vis_sparse.calibration.search import OBJECTIVES, _exchange, _stages, best_within, meter_of, search_front
 from vis_sparse.cli.main import app
 from vis_sparse.cost import flops
 from vis_sparse.eval.tiny import checkpoint
@@ -126,11 +126,11 @@ def test_the_way_to_a_budget_is_measured_and_counted(model, samples):
 def test_no_published_method_does_better_within_the_budget(model, samples, budget):
     points = list(search_front(model, samples, budget=budget))
     best, probe = best_within(points, budget), Probe(Target.of(model), samples)
+    cost = meter_of(model, samples).cost
     scores, kv_heads = calibrate(model, samples).heads, shape_of(model).kv_heads
     methods = chains(scores, kv_heads, probe.divergence)
     assert set(methods) == {"YOPO, uniform", "VTW", "ViCA", "ShortV", "V-Skip"}
-    costs = {point.plan.layers: point.cost for point in points}
-    rivals = [plan for plans in methods.values() for plan in plans if costs[plan.layers] <= budget]
+    rivals = [plan for plans in methods.values() for plan in plans if cost(plan) <= budget]
     assert len(rivals) > 10
     assert best.kl <= min(map(probe.divergence, rivals)) + 1e-6
 
@@ -205,6 +205,27 @@ def test_an_exchange_moves_the_one_layer_that_is_read(model, samples):
     worst, best = (pick(map(meter, reads), key=lambda point: point.kl) for pick in (max, min))
     found = list(_exchange(meter, Moves(calibrate(model, samples), 4), OBJECTIVES["kl"], worst, 1 / LAYERS))
     assert found[-1].kl <= best.kl < worst.kl and found[-1].cost <= 1 / LAYERS
+
+
+@pytest.mark.parametrize(("kl", "exchanged"), [(0.9e-4, False), (1.1e-4, True)])
+def test_what_is_as_good_as_dense_is_not_exchanged(model, samples, kl, exchanged):
+    dense = VisualPlan.dense(LAYERS)
+
+    class Meter:
+        """Under which every other plan is better."""
+
+        def start_from(self, plan):
+            pass
+
+        def cost(self, plan):
+            return 1
+
+        def __call__(self, plan, rough=False):
+            return Point(plan, 1, kl if plan == dense else 0, 1)
+
+    meter = Meter()
+    found = _exchange(meter, Moves(calibrate(model, samples[:1]), 4), OBJECTIVES["kl"], meter(dense), 1)
+    assert bool(list(found)) is exchanged
 
 
 def test_nothing_is_tried_when_the_time_is_up(model, samples, tmp_path):

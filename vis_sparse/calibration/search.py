@@ -44,6 +44,7 @@ OBJECTIVES: dict[str, Callable[[Point], float]] = {
     "accuracy": lambda point: 1 - point.accuracy + 0.01 * point.kl,
 }
 _FREE = 1e-5  # a loss that is as good as none: among free steps the one that saves most is taken
+_AS_DENSE = 1e-4  # a loss at which no answer changes: nothing is exchanged to lower it
 _TRIES = 32  # exchanges measured in a round
 
 
@@ -103,10 +104,11 @@ def search_front(
         yield from _descend(meter, moves, loss, meter(meter.dense), budget, end)
         meter.until = end
         meter.start_from(meter.dense)
-        methods = chains(calibration.heads, kv_heads, lambda plan: loss(meter(plan)))
-        yield from map(meter, itertools.chain.from_iterable(methods.values()))
+        methods, stages = chains(calibration.heads, kv_heads, lambda plan: loss(meter(plan))), _stages(budget)
+        published = itertools.chain.from_iterable(methods.values())
+        yield from map(meter, (plan for plan in published if meter.cost(plan) <= stages[0]))
         start = None
-        for share in _stages(budget):
+        for share in stages:
             if start is not None:
                 yield from _descend(meter, moves, loss, start, share, end)
             yield from _exchange(meter, moves, loss, best_within(found, share, objective), share)
@@ -191,13 +193,13 @@ def _descend(meter, moves, loss, point: Point, budget: float, end: float) -> Ite
 
 
 def _exchange(meter, moves, loss, point: Point, budget: float) -> Iterator[Point]:
-    """From a plan within the budget to better ones within it, until a round finds none.
+    """From a plan within the budget to better ones within it, until a round finds none or one is as good as dense.
 
     A round measures the moves from the plan roughly, each alone, then the pairs of them that promise most if losses and
     costs add up, and all swaps of two layers; those that are better so are measured exactly, the best first.
     """
     better = True
-    while better:
+    while better and loss(point) > _AS_DENSE:
         better, start = False, point
         meter.start_from(start.plan)
         changes = [*_pairs(meter, moves, loss, start, budget), *moves.swaps(start.plan)]

@@ -41,11 +41,11 @@ def compare(family: str, num_samples: int, asked: int, out: Path, on_step) -> di
     processor = AutoProcessor.from_pretrained(folder)
     samples = [encode(processor, record) for record in records(data, num_samples, None)]
     calibration, target, log = calibrate(model, samples, data=data), Target.of(model), out / f"{family}.log"
-    searched = {}
-    for budget in BUDGETS:
-        points = search_front(model, samples, budget=budget, calibration=calibration, log=log)
-        searched[budget] = best_within(points, budget)
-        (out / f"{family}-{budget:.0%}.yaml").write_text(described(searched[budget], "visual").to_yaml())
+    # on its way to the last budget a search finds what it would find for the others
+    points = list(search_front(model, samples, budget=min(BUDGETS), calibration=calibration, log=log))
+    searched = {budget: best_within(points, budget) for budget in BUDGETS}
+    for budget, found in searched.items():
+        (out / f"{family}-{budget:.0%}.yaml").write_text(described(found, "visual").to_yaml())
     meter = meter_of(model, samples, log=log)
 
     def loss(plan: VisualPlan) -> float:
