@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -34,8 +34,11 @@ from .plans import BUDGETS, Field, add_budget, add_heads, add_neurons
 PARTS_ASKED = 1000  # questions of each kind at most for the plans of heads and neurons, whose differences are large
 
 
-def compare(family: str, num_samples: int, asked: int, out: Path, on_step) -> dict:
-    """Searched plans against published methods, and calibrated heads and neurons against others, on a shipped model."""
+def compare(family: str, num_samples: int, asked: int, out: Path, on_step) -> Iterator[dict]:
+    """Searched plans against published methods, then calibrated heads and neurons against others, on a shipped model.
+
+    Yields what is known after each of the two.
+    """
     folder, data = checkpoint(family), next(name for name, of in TINY.items() if of == family)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
@@ -61,13 +64,10 @@ def compare(family: str, num_samples: int, asked: int, out: Path, on_step) -> di
     methods = chains(calibration.heads, shape_of(model).kv_heads, loss)
     for budget, found in searched.items():
         add_budget(budgets, budget, found.plan, methods, meter.cost, loss)
-    return {
-        "model": family,
-        "samples": num_samples,
-        **machine_facts(model.device),
-        "budgets": asked_about(budgets, asked),
-        "parts": asked_about(parts, min(asked, PARTS_ASKED)),
-    }
+    known = {"model": family, "samples": num_samples, **machine_facts(model.device)}
+    for section, field, most in (("budgets", budgets, asked), ("parts", parts, min(asked, PARTS_ASKED))):
+        known[section] = asked_about(field, most)
+        yield known
 
 
 def scored(field: Field, given: dict[Layers, Answers], cost: Callable[[VisualPlan], float]) -> list[dict]:
@@ -101,17 +101,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/comparison"), metavar="FOLDER")
     parser.add_argument("--model", choices=list(TINY.values()), default="llava")
-    parser.add_argument("--samples", type=int, default=512, help="training questions that calibration and search see")
-    parser.add_argument("--questions", type=int, default=2000, help="held-out questions of each kind")
+    parser.add_argument("--samples", type=int, default=2048, help="training questions that calibration and search see")
+    parser.add_argument("--questions", type=int, default=1000, help="held-out questions of each kind")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     with progress("comparing") as step:
-        result = compare(given.model, given.samples, given.questions, given.out, step)
+        for result in compare(given.model, given.samples, given.questions, given.out, step):
+            (given.out / f"{given.model}.json").write_text(json.dumps(result, indent=2) + "\n")
     sections = (result[name] for name in ("budgets", "parts"))
     text = "\n".join(
         table for each in sections for table in (tables.scores(each["plans"]), tables.pairs(each["pairs"]))
     )
-    (given.out / f"{given.model}.json").write_text(json.dumps(result, indent=2) + "\n")
     (given.out / f"{given.model}.md").write_text(text)
     print(text, end="")
 

@@ -67,14 +67,10 @@ def add_budget(
     cost: Callable[[VisualPlan], float],
     loss: Callable[[VisualPlan], float],
 ) -> None:
-    """The searched plan of a budget against the published methods, each with its best plan within the budget, where it
-    has one, and with the cheapest that costs more ("+"). loss: on the samples that the search had."""
+    """The searched plan of a budget against the published methods, each with its plan of least loss within the budget,
+    or its cheapest one where none is. loss: on the samples that the search had."""
     theirs = {}
     for name, chain in methods.items():
         within = [plan for plan in chain if cost(plan) <= budget]
-        beyond = [plan for plan in chain if cost(plan) > budget]
-        if within:
-            theirs[name] = min(within, key=loss)
-        if beyond:
-            theirs[f"{name} +"] = min(beyond, key=cost)
+        theirs[name] = min(within, key=loss) if within else min(chain, key=cost)
     field.add(f"{budget:.0%}", ("searched", found), theirs)
