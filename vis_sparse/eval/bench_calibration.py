@@ -22,7 +22,7 @@ def bench_calibration(
     dtype: str = "float32",
     device: str = "cpu",
     repeats: int = 3,
-    on_turn=None,
+    on_turn=lambda done, total: None,
 ) -> list[dict]:
     """Figures of plain forward passes, and of `calibrate` with each kind of head scores on the same samples.
 
@@ -59,17 +59,11 @@ def bench_calibration(
         with FlopCounterMode(display=False) as counter:
             way()
         counted[name] = counter.get_total_flops()
-    done, total = 0, repeats * len(ways)
 
     def turn(name: str) -> dict[str, float]:
-        nonlocal done
-        seconds = timed(ways[name], place)
-        done += 1
-        if on_turn is not None:
-            on_turn(done, total)
-        return {"s": seconds}
+        return {"s": timed(ways[name], place)}
 
-    times = {name: series["s"] for name, series in in_turns(list(ways), turn, repeats).items()}
+    times = {name: series["s"] for name, series in in_turns(list(ways), turn, repeats, on_turn).items()}
     setting = {"model": shape.name, "layers": layers, "samples": samples, "dtype": dtype, "repeats": repeats}
     setting["visual_tokens"] = int((given[0]["input_ids"] == built.config.image_token_index).sum())
     return [

@@ -156,19 +156,14 @@ def peers(
             peaks[name] = memory and memory.peak
         except Exception as error:  # a peer's failure, of whatever kind, is a row of the table
             reasons[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-    done = 0
 
     def turn(name: str) -> dict[str, float]:
-        nonlocal done
         context, call = calls[name]
         with context():
             call()  # what getting ready leaves to the first call
-            seconds = timed(call, place)
-        done += 1
-        on_turn(done, repeats * len(peaks))
-        return {"s": seconds}
+            return {"s": timed(call, place)}
 
-    samples = in_turns(list(peaks), turn, repeats)
+    samples = in_turns(list(peaks), turn, repeats, on_turn)
     setting = {
         "model": f"Qwen2.5-VL at the width of {shape.name}",
         "layers": shape.layers,

@@ -27,17 +27,24 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def in_turns(variants: Sequence[str], measure: Callable[[str], dict[str, float]], repeats: int) -> dict:
+def in_turns(
+    variants: Sequence[str],
+    measure: Callable[[str], dict[str, float]],
+    repeats: int,
+    on_turn: Callable[[int, int], None] = lambda done, total: None,
+) -> dict:
     """Measure every variant once a round, in an order that rotates by one each round.
 
-    measure: variant -> {quantity: value}. Returns {variant: {quantity: [value of round 0, round 1, ...]}}.
+    measure: variant -> {quantity: value}. on_turn(done, total): called after each.
+    Returns {variant: {quantity: [value of round 0, round 1, ...]}}.
     """
     samples = {variant: {} for variant in variants}
     for turn in range(repeats):
         shift = turn % len(variants)
-        for variant in (*variants[shift:], *variants[:shift]):
+        for place, variant in enumerate((*variants[shift:], *variants[:shift])):
             for quantity, value in measure(variant).items():
                 samples[variant].setdefault(quantity, []).append(value)
+            on_turn(turn * len(variants) + place + 1, repeats * len(variants))
     return samples
 
 
