@@ -108,13 +108,14 @@ def test_layout_of_a_sample_and_its_copies(shape):
 
 
 def test_turns_rotate_and_pair():
-    order = []
+    order, told = [], []
 
     def measure(variant):
         order.append(variant)
         return {"s": len(order)}
 
-    samples = in_turns("abc", measure, 3)
+    samples = in_turns("abc", measure, 3, lambda *turn: told.append(turn))
+    assert told == [(done, 9) for done in range(1, 10)]
     assert "".join(order) == "abcbcacab"
     assert samples["a"]["s"] == [1, 6, 8]
     assert paired_ratio([2, 9, 8], [1, 3, 4]) == 2
