@@ -11,7 +11,7 @@ from ..cli.options import JsonOption, ModelOption, report, tight_table
 
 FORWARD = "forward"
 TEXT, ANSWER = 64, 3  # tokens of a sample: all its text, and what of it is the answer
-SAMPLES = 33  # effects are measured on five of them: the share (15 %) that they are measured on of many
+SAMPLES = 16  # effects are measured on two of them: one in eight, as of many samples
 
 
 def bench_calibration(
