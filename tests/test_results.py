@@ -1,10 +1,14 @@
 """`make results`: the plans that it adds and the table that it writes."""
 
 import pytest
+from datasets import Dataset
 
 from vis_sparse.cost import flops
-from vis_sparse.eval.results import BUDGETS, END, IMAGE, START, TEXT, insert, pruned, section, shrunk, table
+from vis_sparse.eval.results import BUDGETS, END, IMAGES, START, TEXT, insert, pruned, section, shrunk, table
+from vis_sparse.eval.tasks import tiny
 from vis_sparse.eval.tiny import NAMES, checkpoint
+from vis_sparse.eval.tiny.data import questions
+from vis_sparse.eval.tiny.families import FAMILIES
 from vis_sparse.shapes import load_shape
 
 FACTS = {
@@ -32,7 +36,7 @@ def test_pruning_spends_the_budget_and_no_more(family):
     shape = load_shape(checkpoint(family))
 
     def spent(plan):
-        return flops(shape, plan, image_size=IMAGE, text_tokens=TEXT, text_before=2).prefill.lane("visual")
+        return flops(shape, plan, image_size=IMAGES[family], text_tokens=TEXT, text_before=2).prefill.lane("visual")
 
     plans = list(pruned(family))
     assert len({plan.name for plan in plans}) == len(plans) == 6
@@ -40,6 +44,19 @@ def test_pruning_spends_the_budget_and_no_more(family):
         budget = int(plan.name.rpartition("-")[2]) / 100
         assert budget in BUDGETS
         assert budget - 0.06 < spent(plan) / spent("dense") <= budget, plan.name
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"), [("count", "llava"), ("count_framed", "qwen2_vl"), ("easy_vqa_tiled", "internvl")]
+)
+def test_tasks_ask_the_held_out_questions_of_a_model(kind, family, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tiny, "QUESTIONS", 6)
+    documents = Dataset.from_parquet(getattr(tiny, f"{kind}_data")["data_files"]["test"], cache_dir=str(tmp_path))
+    expected = questions(kind.rpartition("_")[0] or kind, 6, sizes=FAMILIES[family].SIZES)
+    for document, question in zip(documents, expected, strict=True):
+        assert (document["question"], document["answer"]) == (question.text, question.answer)
+        assert tiny.doc_to_visual(document)[0].tobytes() == question.image.tobytes()
 
 
 def test_table_has_a_line_a_plan():

@@ -27,12 +27,14 @@ SHIPPED = (
 TASKS = {
     "llava": ["easy_vqa", "digit_grid", "digit_grid_turns"],
     "qwen2_vl": ["easy_vqa_framed", "digit_grid_framed"],
+    "internvl": ["easy_vqa_tiled", "digit_grid_tiled"],
 }
 SHRUNK = {"qwen2_vl": ("half", "quarter")}  # the plainest baseline, where images need not be of one size
 # Token pruning at equal shares of the visual FLOPs, with the layers that it keeps whole there.
 BUDGETS = {0.5: 2, 0.25: 1}
 ORDERS = {"fastv": "attention", "random": "random", "stride": "stride"}
-IMAGE, TEXT = (96, 96), 14  # a typical prompt of the tasks: pixels of the image, tokens of text
+# a typical prompt of the tasks: pixels of the image, tokens of text
+IMAGES, TEXT = {"llava": (96, 96), "qwen2_vl": (96, 96), "internvl": (96, 192)}, 14
 PAIRED = 64  # samples of each task timed under the plan and unpatched
 TURNS = {"exact_match": "turns", "first_turn": "turn 1", "later_turns": "turns 2-4"}
 START, END = "<!-- results: written by make results -->", "<!-- end of results -->"
@@ -43,7 +45,7 @@ def pruned(family: str) -> Iterator[VisualPlan]:
     shape = load_shape(checkpoint(family))
 
     def spent(plan: VisualPlan | str) -> int:
-        return flops(shape, plan, image_size=IMAGE, text_tokens=TEXT, text_before=2).prefill.lane("visual")
+        return flops(shape, plan, image_size=IMAGES[family], text_tokens=TEXT, text_before=2).prefill.lane("visual")
 
     dense = spent("dense")
     for budget, after in BUDGETS.items():
@@ -107,7 +109,9 @@ def table(rows: list[dict]) -> str:
 
 
 def _heading(task: str, metric: str) -> str:
-    return TURNS[metric] if "turns" in task else task.replace("digit_grid_", "").replace("framed", "").strip("_")
+    if "turns" in task:
+        return TURNS[metric]
+    return task.removeprefix("digit_grid_").replace("framed", "").replace("tiled", "").strip("_")
 
 
 def _mean(rows: list[dict], name: str) -> float:

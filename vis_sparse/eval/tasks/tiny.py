@@ -2,8 +2,9 @@
 
 lmms-eval imports this file by its path, once for every name that a task's YAML takes from it. The data sets are names
 too, `<kind>_data`: reading one gives the arguments of `datasets.load_dataset`, and makes its file first if need be.
-`<kind>_framed_data` has the same questions about images of several sizes in frames, as the tiny Qwen2-VL knows them;
-`<kind>_half_data` and `<kind>_quarter_data` these images shrunk to that share of their area.
+`<kind>_framed_data` has the same questions about images of several sizes in frames, as the tiny Qwen2-VL knows them,
+`<kind>_tiled_data` of the sizes that the tiny InternVL knows; `<kind>_half_data` and `<kind>_quarter_data` are the
+Qwen2-VL's images shrunk to that share of their area.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from pathlib import Path
 
 QUESTIONS = 1000  # of each kind
 CONVERSATIONS, TURNS = 250, 4
-AREAS = {"framed": 1, "half": 0.5, "quarter": 0.25}  # of the images in frames
+# variant -> whose image sizes, and the share of the area that is left of them
+VARIANTS = {
+    "framed": ("qwen2_vl", 1), "half": ("qwen2_vl", 0.5), "quarter": ("qwen2_vl", 0.25), "tiled": ("internvl", 1),
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> dict:
@@ -45,12 +49,14 @@ def _cache() -> Path:
 
 def _questions(kind: str):
     from vis_sparse.eval.tiny.data import questions
-    from vis_sparse.eval.tiny.model_qwen2_vl import SIZES
+    from vis_sparse.eval.tiny.families import FAMILIES
 
     name, _, variant = kind.rpartition("_")
-    area = AREAS.get(variant)
-    asked = questions(name if area else kind, QUESTIONS, sizes=SIZES if area else ())
-    images = [_shrunk(question.image, area or 1) for question in asked]
+    if variant not in VARIANTS:
+        name, variant = kind, None
+    family, area = VARIANTS.get(variant, ("llava", 1))
+    asked = questions(name, QUESTIONS, sizes=FAMILIES[family].SIZES)
+    images = [_shrunk(question.image, area) for question in asked]
     return _dataset(images, question=[q.text for q in asked], answer=[q.answer for q in asked])
 
 
