@@ -35,7 +35,7 @@ def calibrate(
 
     samples: model inputs of one sequence each (`samples.encode` makes them), with `labels` at the answer's tokens;
     without labels the model's own greedy answer of at most `max_new_tokens` tokens is taken. scores: what the head
-    scores are, "effects" (measured on one sample in eight, the first and others evenly spread: 1.37 times the FLOPs of
+    scores are, "effects" (measured on one sample in eight, the first and others evenly spread: 1.36 times the FLOPs of
     a forward pass in all) or "mass" (the paper's score, from the forward pass alone: 1.01 times).
     sensitivity: also measure what each layer is to the answers (three partial passes a layer for each sample). out:
     the file to write the result to; a run that is interrupted leaves its sums in `out.partial`, from which the same
