@@ -52,9 +52,10 @@ def _questions(kind: str):
     from vis_sparse.eval.tiny.families import FAMILIES
 
     name, _, variant = kind.rpartition("_")
-    if variant not in VARIANTS:
-        name, variant = kind, None
-    family, area = VARIANTS.get(variant, ("llava", 1))
+    if variant in VARIANTS:
+        family, area = VARIANTS[variant]
+    else:
+        name, family, area = kind, "llava", 1
     asked = questions(name, QUESTIONS, sizes=FAMILIES[family].SIZES)
     images = [_shrunk(question.image, area) for question in asked]
     return _dataset(images, question=[q.text for q in asked], answer=[q.answer for q in asked])
