@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from vis_sparse.calibration import calibrate, running
-from vis_sparse.calibration.search import search_front
+from vis_sparse.calibration import sums
+from vis_sparse.calibration.measure import calibrate
+from vis_sparse.searching.search import search_front
 
+from .calibration.test_calibration import make_samples
 from .models import make_model
-from .test_calibration import make_samples
 
 
 def run_calibrate(file, step):
@@ -36,7 +37,7 @@ def main(kind, file, kill_at="0"):
         if done == int(kill_at):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    running._SAVE_SECONDS = 0
+    sums._SAVE_SECONDS = 0
     {"calibrate": run_calibrate, "search": run_search}[kind](Path(file), step)
 
 

@@ -20,8 +20,9 @@ from transformers import (
 )
 
 import vis_sparse
-from vis_sparse.layout import VisualLayout
-from vis_sparse.plan import TOKEN_ORDERS, LayerPlan, Neighborhood, PlanError, TokenBudget, VisualPlan
+from vis_sparse.layout.layout import VisualLayout
+from vis_sparse.plans.layer_plan import TOKEN_ORDERS, LayerPlan, Neighborhood, PlanError, TokenBudget
+from vis_sparse.plans.plan import VisualPlan
 
 from . import oracle
 

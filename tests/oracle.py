@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch.nn.functional import linear
 
-from vis_sparse.layout import VisualLayout
-from vis_sparse.plan import LayerPlan, Neighborhood, VisualPlan
+from vis_sparse.layout.layout import VisualLayout
+from vis_sparse.plans.layer_plan import LayerPlan, Neighborhood
+from vis_sparse.plans.plan import VisualPlan
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import torch
 
 from vis_sparse.kernels import reference
 from vis_sparse.kernels.patterns import TextPattern, VisualPattern
-from vis_sparse.layout import VisualLayout
-from vis_sparse.packing import Packing, pack, places_of
-from vis_sparse.plan import Neighborhood
+from vis_sparse.layout.layout import VisualLayout
+from vis_sparse.layout.packing import Packing, pack, places_of
+from vis_sparse.plans.layer_plan import Neighborhood
 
 CPU = torch.device("cpu")
 

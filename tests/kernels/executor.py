@@ -9,8 +9,8 @@ import torch
 import vis_sparse
 
 from .. import oracle
+from ..executor.test_parity import SCENARIOS
 from ..models import make_model, random_plan, run
-from ..test_parity import SCENARIOS
 
 
 def largest_difference(

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from vis_sparse.cost.pairs import lane_pairs, near_pairs
 from vis_sparse.kernels import flex, get_backend, reference, tables, tiled
 from vis_sparse.kernels.patterns import VisualPattern, visible
-from vis_sparse.layout import VisualLayout
-from vis_sparse.packing import Coordinates, pack
-from vis_sparse.pairs import lane_pairs, near_pairs
-from vis_sparse.plan import Neighborhood
+from vis_sparse.layout.layout import VisualLayout
+from vis_sparse.layout.packing import Coordinates, pack
+from vis_sparse.plans.layer_plan import Neighborhood
 
 from .cases import CPU, LAYOUTS, PATTERNS, errors, inputs, text_pattern, visual_pattern
 

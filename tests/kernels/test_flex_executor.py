@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ..test_parity import SCENARIOS
+from ..executor.test_parity import SCENARIOS
 from .executor import largest_difference
 
 

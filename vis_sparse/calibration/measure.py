@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..plan import PlanError
-from . import shards
+from ..plans.layer_plan import PlanError
+from ..plans.scores import Calibration
+from . import processes
 from .records import SampleError
-from .result import Calibration
-from .running import Sums
+from .sums import Sums
 
 SCORES = ("effects", "mass")
 _EFFECT_SHARE = 1 / 8  # of the samples; an effect costs three passes through the decoder
@@ -59,11 +59,11 @@ def calibrate(
     facts = _facts(target, data, max_new_tokens) | {"scores": scores, "sensitivity": str(sensitivity)}
     if scores == "effects":
         facts["effects"] = f"of {_EFFECT_SHARE:.1%} of the samples"
-    rank, processes = shards.place()
-    part = "" if processes == 1 else f"-{rank}-of-{processes}"
+    rank, count = processes.place()
+    part = "" if count == 1 else f"-{rank}-of-{count}"
     own = Sums(None if out is None else f"{out}.partial{part}", facts, keep="ratios")
     for index, sample in enumerate(samples):
-        if index % processes != rank or own.knows(index // processes, sample):
+        if index % count != rank or own.knows(index // count, sample):
             continue
         try:
             sample = answered(model, on_device(sample, model), max_new_tokens)
@@ -79,7 +79,7 @@ def calibrate(
             raise SampleError(f"sample {index}: {error}") from None
         if on_sample is not None:
             on_sample(own.done)
-    sums = Sums.merged(shards.gathered(own))
+    sums = Sums.merged(processes.gathered(own))
     if not sums.done:
         raise SampleError("samples: got none, expected one at least")
     means = sums.means()
@@ -89,7 +89,7 @@ def calibrate(
     if out is not None:
         if rank == 0:
             calibration.save(out)
-        shards.gathered(None)  # nobody forgets before the result is safe
+        processes.gathered(None)  # nobody forgets before the result is safe
         own.forget()
     return calibration
 

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..cache import Book
-from ..call import Call
+from ..executor.cache import Book
+from ..executor.call import Call
+from ..executor.lanes import LaneExecutor, LaneLayer
 from ..kernels import get_backend
-from ..lanes import LaneExecutor, LaneLayer
-from ..layout import VisualLayout
-from ..packing import pack
-from ..plan import LayerPlan, Neighborhood, PlanError, VisualPlan, with_layer
-from ..schedule import LayerWork, schedule
+from ..layout.layout import VisualLayout
+from ..layout.packing import pack
+from ..plans.layer_plan import LayerPlan, Neighborhood, PlanError
+from ..plans.plan import VisualPlan, with_layer
+from ..plans.schedule import LayerWork, schedule
 from .profiles import Target, arguments_of, hooked
 from .samples import NO_LABEL
 

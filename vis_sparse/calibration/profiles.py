@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..lanes import Decoder
-from ..layout import VisualLayout
+from ..executor.lanes import Decoder
+from ..layout.layout import VisualLayout
 from ..patches import family_of, inspect
 from ..patches.decoder import read_decoder
 from ..patches.errors import PatchError

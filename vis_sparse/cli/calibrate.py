@@ -10,11 +10,12 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from ..calibration import Calibration, calibrate
+from ..calibration.measure import calibrate
+from ..eval.data import TASKS, TINY, records
 from ..eval.progress import progress
-from .data import TASKS, TINY, records
+from ..plans.scores import Calibration
 from .heatmap import draw_heads
-from .options import JsonOption, report
+from .options import JsonOption, emit
 
 DataOption = Annotated[
     str,
@@ -60,14 +61,14 @@ def calibrate_command(
 
     `accelerate launch -m vis_sparse calibrate ...` shares the samples out among processes.
     """
-    from ..calibration import shards
+    from ..calibration import processes
     from ..calibration.samples import encode
     from .launch import join
     from .model import load_model
 
     chosen = records(data, samples, prompt)
     device, reports = join(device)
-    total = -(-len(chosen) // shards.place()[1])
+    total = -(-len(chosen) // processes.place()[1])
     loaded, processor = load_model(model, dtype, device)
     with progress("calibrating") if reports else nullcontext(lambda done, total: None) as step:
         result = calibrate(
@@ -85,10 +86,10 @@ def calibrate_command(
     if export_mask is not None:
         np.save(export_mask.with_suffix(".npy"), result.masks(keep))
     if page is not None:
-        from ..calibration.report import write_report
+        from ..eval.calibration_page import write_report
 
         write_report(page, result)
-    report(_summary(result, out), json_file, lambda console: _draw(console, result, out))
+    emit(_summary(result, out), json_file, lambda console: _draw(console, result, out))
 
 
 def _summary(calibration: Calibration, out: Path) -> dict:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .options import JsonOption, report
+from .options import JsonOption, emit
 
 
 def convert_command(
@@ -21,7 +21,7 @@ def convert_command(
     json_file: JsonOption = None,
 ) -> None:
     """Convert an original InternVL2 checkpoint to one that transformers loads, one shard at a time."""
-    from ..internvl2 import convert_internvl2
+    from ..checkpoints.internvl2 import convert_internvl2
 
     convert_internvl2(source, output, image_token_id)
     files = sorted(file.name for file in output.iterdir())
@@ -29,4 +29,4 @@ def convert_command(
     def draw(console: Console) -> None:
         console.print(f"{output}: {', '.join(files)}")
 
-    report({"output": str(output), "files": files}, json_file, draw)
+    emit({"output": str(output), "files": files}, json_file, draw)

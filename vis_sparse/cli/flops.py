@@ -9,23 +9,16 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..cost import CostReport, flops
-from ..cost_report import PARTS, PassCost
-from ..plan import PlanError, VisualPlan
-from ..roofline import Roofline, device_spec, roofline
-from ..shapes import ShapeError, load_shape
-from .options import (
-    CalibrationOption,
-    ConventionOption,
-    JsonOption,
-    ModelOption,
-    bar,
-    human,
-    mebibytes,
-    report,
-    resolved,
-    tight_table,
-)
+from ..cost.flops import CostReport, flops, resolved
+from ..cost.report import PARTS, PassCost
+from ..cost.roofline import Roofline, device_spec, roofline
+from ..cost.shape_lookup import load_shape
+from ..eval.numbers import human, mebibytes
+from ..eval.tables import tight_table
+from ..layout.image_grids import ShapeError
+from ..plans.layer_plan import PlanError
+from ..plans.plan import VisualPlan
+from .options import CalibrationOption, ConventionOption, JsonOption, ModelOption, bar, emit
 
 
 def flops_command(
@@ -88,7 +81,7 @@ def flops_command(
     result = {"model": shape.name, "plans": data, "dense": dense.to_dict()}
     if bounds:
         result["bounds"] = [bound.to_dict() for bound in bounds]
-    report(result, json_file, draw)
+    emit(result, json_file, draw)
 
 
 def _bounds(shape, plans: list[VisualPlan], costs: list[CostReport], device: str) -> list[Roofline]:

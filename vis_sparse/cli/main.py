@@ -12,20 +12,20 @@ import typer
 from typer.core import TyperGroup
 
 from ..calibration.records import SampleError
-from ..eval.bench import bench_command
-from ..eval.bench_calibration import bench_calibration_command
-from ..eval.bench_kernels import bench_kernels_command
-from ..eval.demo import demo_command
-from ..eval.evaluate import eval_command
-from ..eval.report import report_command
-from ..internvl2_errors import CheckpointError
-from ..layout import LayoutError
-from ..plan import PlanError
-from ..shapes import ShapeError
+from ..checkpoints.errors import CheckpointError
+from ..layout.image_grids import ShapeError
+from ..layout.layout import LayoutError
+from ..plans.layer_plan import PlanError
+from .bench import bench_command
+from .bench_calibration import bench_calibration_command
+from .bench_kernels import bench_kernels_command
 from .calibrate import calibrate_command
 from .convert import convert_command
+from .demo import demo_command
+from .evaluate import eval_command
 from .flops import flops_command
 from .plan import plan_app
+from .report import report_command
 from .search import search_command
 
 

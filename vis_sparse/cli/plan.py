@@ -10,23 +10,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..cost import CostReport, flops
-from ..plan import LayerPlan, Neighborhood, VisualPlan
-from ..plan_yaml import load_plan, plan_names
-from ..schedule import LayerWork, schedule
-from ..shapes import ModelShape, load_shape
-from .options import (
-    CalibrationOption,
-    ConventionOption,
-    JsonOption,
-    ModelOption,
-    bar,
-    human,
-    mebibytes,
-    report,
-    resolved,
-    tight_table,
-)
+from ..cost.flops import CostReport, flops, resolved
+from ..cost.shape_lookup import load_shape
+from ..cost.shapes import ModelShape
+from ..eval.numbers import human, mebibytes
+from ..eval.tables import tight_table
+from ..plans.files import load_plan, plan_names
+from ..plans.layer_plan import LayerPlan, Neighborhood
+from ..plans.plan import VisualPlan
+from ..plans.schedule import LayerWork, schedule
+from .options import CalibrationOption, ConventionOption, JsonOption, ModelOption, bar, emit
 
 plan_app = typer.Typer(no_args_is_help=True, help="List the shipped plans, or draw one.")
 
@@ -50,7 +43,7 @@ def list_command(model: ModelOption = "llava-1.5-7b", json_file: JsonOption = No
             table.add_row(row["name"], human(row["visual_flops"]), share, row["about"])
         console.print(table)
 
-    report({"model": shape.name, "plans": rows}, json_file, draw)
+    emit({"model": shape.name, "plans": rows}, json_file, draw)
 
 
 @plan_app.command("show", epilog="Example: vis-sparse plan show yopo-12 --model llava-1.5-7b")
@@ -93,7 +86,7 @@ def show_command(
         "kv_bytes": cost.kv_bytes,
         "dense_kv_bytes": dense.kv_bytes,
     }
-    report(data, json_file, lambda console: _draw(console, chosen, shape, work, rows, dense, cost))
+    emit(data, json_file, lambda console: _draw(console, chosen, shape, work, rows, dense, cost))
 
 
 _NOTHING = Text("·", style="bright_black")

@@ -10,10 +10,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..calibration.front import Point, described, pareto, write_front
-from ..calibration.whole_file import replaced
+from ..eval.data import records
 from ..eval.progress import progress
-from ..plan import PlanError
+from ..eval.tables import tight_table
+from ..plans.atomic_write import replaced
+from ..plans.layer_plan import PlanError
+from ..searching.pareto import Point, described, pareto, write_front
 from .calibrate import (
     CheckpointOption,
     DataOption,
@@ -23,8 +25,7 @@ from .calibrate import (
     ReportOption,
     SamplesOption,
 )
-from .data import records
-from .options import JsonOption, bar, report, tight_table
+from .options import JsonOption, bar, emit
 
 
 def search_command(
@@ -54,9 +55,10 @@ def search_command(
 
     Stopped and started again, it goes on from what it has measured.
     """
-    from ..calibration import Calibration, calibrate
+    from ..calibration.measure import calibrate
     from ..calibration.samples import answered, encode, on_device
-    from ..calibration.search import best_within, search_front
+    from ..plans.scores import Calibration
+    from ..searching.search import best_within, search_front
     from .model import load_model
 
     seconds = _seconds(time_limit)
@@ -88,12 +90,12 @@ def search_command(
         new.write_text(described(best, cost).to_yaml())
     partial.unlink()
     if page is not None:
-        from ..calibration.report import write_report
+        from ..eval.calibration_page import write_report
 
         write_report(page, measured, points, cost)
     rows = [{"cost": point.cost, "kl": point.kl, "accuracy": point.accuracy} for point in pareto(points)]
     data_out = {"file": str(out), "cost": cost, "budget": budget, "steps": len(points) - 1, "front": rows}
-    report(data_out, json_file, lambda console: _draw(console, pareto(points), best, out))
+    emit(data_out, json_file, lambda console: _draw(console, pareto(points), best, out))
 
 
 def _seconds(text: str | None) -> float | None:

@@ -1,13 +1,8 @@
-"""`vis-sparse bench calibration`: what `calibrate` costs beside plain forward passes, at full width."""
+"""What `calibrate` costs beside plain forward passes, at full width."""
 
 from __future__ import annotations
 
 import statistics
-from typing import Annotated
-
-import typer
-
-from ..cli.options import JsonOption, ModelOption, report, tight_table
 
 FORWARD = "forward"
 TEXT, ANSWER = 64, 3  # tokens of a sample: all its text, and what of it is the answer
@@ -38,9 +33,8 @@ def bench_calibration(
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from ..calibration import calibrate
-    from ..calibration.measure import SCORES
-    from ..shapes import load_shape
+    from ..calibration.measure import SCORES, calibrate
+    from ..cost.shape_lookup import load_shape
     from .bench_model import image_samples, random_model
     from .timing import in_turns, machine_facts, paired_ratio, timed
 
@@ -79,37 +73,3 @@ def bench_calibration(
         }
         for name, series in times.items()
     ]
-
-
-def bench_calibration_command(
-    model: ModelOption = "llava-1.5-7b",
-    layers: Annotated[int, typer.Option(min=1, help="Decoder layers to build.")] = 2,
-    samples: Annotated[int, typer.Option(min=1, help="Samples in a round.")] = SAMPLES,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every way once.")] = 3,
-    json_file: JsonOption = None,
-) -> None:
-    """Time `calibrate` with each kind of head scores against plain forward passes over the same samples."""
-    from .progress import progress
-
-    with progress("timing in turns") as on_turn:
-        settings = {"layers": layers, "samples": samples, "dtype": dtype, "device": device, "repeats": repeats}
-        results = bench_calibration(model, on_turn=on_turn, **settings)
-    report(results, json_file, lambda console: _draw(console, results))
-
-
-def _draw(console, results: list[dict]) -> None:
-    from .tables import measured_on, seconds, span
-
-    first = results[0]
-    console.print(
-        f"{first['model']}, {first['layers']} layers, {first['dtype']}, {first['samples']} samples of "
-        f"{first['visual_tokens']} visual and {TEXT} text tokens"
-    )
-    table = tight_table("way", "time", "range", "to forward", "FLOPs to forward", left=("way",))
-    for row in results:
-        name = row["way"] if row["way"] == FORWARD else f"calibrate, {row['way']}"
-        table.add_row(name, seconds(row["s"]), span(row["spread"]), f"{row['ratio']:.2f}", f"{row['flop_ratio']:.2f}")
-    console.print(table)
-    console.print(measured_on(first), style="bright_black", highlight=False)

@@ -1,13 +1,9 @@
-"""`vis-sparse bench kernels`: visual attention in every backend against dense attention, FlexAttention and NATTEN."""
+"""Visual attention in every backend against dense attention, FlexAttention and NATTEN."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, NamedTuple
-
-import typer
-
-from ..cli.options import JsonOption, report, tight_table
+from typing import NamedTuple
 
 TEXT_BEFORE = 35  # of LLaVA's prompt
 _CHECKED_ROWS = 64
@@ -39,11 +35,11 @@ class Case:
     def __init__(self, name: str, batch: int, radii: list[int], direction: str, device, dtype, most_heads: int | None):
         import torch
 
+        from ..cost.pairs import lane_pairs, near_pairs
         from ..kernels.patterns import TextPattern, VisualPattern
-        from ..layout import VisualLayout
-        from ..packing import pack
-        from ..pairs import lane_pairs, near_pairs
-        from ..plan import Neighborhood
+        from ..layout.layout import VisualLayout
+        from ..layout.packing import pack
+        from ..plans.layer_plan import Neighborhood
 
         setting = SETTINGS[name]
         group = setting.heads // setting.kv_heads
@@ -105,7 +101,7 @@ class Case:
 
         from ..kernels.patterns import visible
         from ..kernels.reference import attention
-        from ..packing import Coordinates, on_device
+        from ..layout.packing import Coordinates, on_device
 
         pattern = self.patterns[radius]
         rows = np.linspace(0, len(self.query) - 1, _CHECKED_ROWS).astype(int)
@@ -201,72 +197,3 @@ def bench_kernels(
 
 def _turn(way: str, radius: int) -> tuple[str, int | None]:
     return way, None if way == "dense" else radius
-
-
-def bench_kernels_command(
-    settings: Annotated[str, typer.Option(metavar="A,B,...", help=", ".join(SETTINGS) + ".")] = "24x24,48x48",
-    batch: Annotated[str, typer.Option(metavar="N,...", help="Samples.")] = "1",
-    radius: Annotated[str, typer.Option(metavar="R,...", help="Radius of the windows.")] = "2,7",
-    direction: Annotated[str, typer.Option(help="both or causal.")] = "both",
-    ways: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="dense, torch, flex, triton, natten, reference.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    most_heads: Annotated[int | None, typer.Option(min=1, help="Query heads, if fewer than the model's.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every way once.")] = 3,
-    json_file: JsonOption = None,
-) -> None:
-    """Time visual attention in every backend, with its error, against dense attention over all tokens.
-
-    Useful FLOP/s count each pair that is read once; of ideal: speed-up over dense, by the share of pairs that is read.
-    """
-    from .progress import progress
-
-    names = list(SETTINGS) if settings == "all" else [name.strip() for name in settings.split(",")]
-    unknown = [name for name in names if name not in SETTINGS]
-    if unknown:
-        raise typer.BadParameter(f"got {unknown[0]!r}, expected all or some of {', '.join(SETTINGS)}")
-    batches, radii = ([int(number) for number in text.split(",")] for text in (batch, radius))
-    with progress("timing in turns") as on_turn:
-        results = bench_kernels(
-            names,
-            batches,
-            radii,
-            ways=ways.split(",") if ways else None,
-            direction=direction,
-            device=device,
-            dtype=dtype,
-            most_heads=most_heads,
-            repeats=repeats,
-            on_turn=on_turn,
-        )
-    report(results, json_file, lambda console: _draw(console, results))
-
-
-def _draw(console, results: list[dict]) -> None:
-    from .tables import seconds
-
-    headings = ("setting", "batch", "radius", "way", "time", "TFLOP/s", "speed-up", "of ideal", "error")
-    table = tight_table(*headings, left=("setting", "way"))
-    before = None
-    for row in results:
-        case = (row["setting"], str(row["batch"]), str(row["radius"]))
-        table.add_row(
-            *(case if case != before else ("", "", "")),
-            row["way"],
-            seconds(row["seconds"]),
-            f"{row['useful_flops_per_second'] / 1e12:.3g}",
-            "-" if row["speedup"] is None else f"{row['speedup']:.2f}",
-            "-" if row["share_of_ideal"] is None else f"{row['share_of_ideal']:.0%}",
-            "-" if row["error"] is None else f"{row['error']:.0e}",
-        )
-        before = case
-    console.print(table)
-    machine, facts = results[0]["machine"], results[0]["versions"]
-    console.print(
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['device']}, torch {facts['torch']}, "
-        f"{results[0]['dtype']}, {results[0]['date'][:10]}",
-        style="bright_black",
-        highlight=False,
-    )

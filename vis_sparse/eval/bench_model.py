@@ -8,8 +8,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.initialization import no_init_weights
 
 from ..calibration.samples import with_answer
-from ..layout import VisualLayout
-from ..shapes import ModelShape
+from ..cost.shapes import ModelShape
+from ..layout.layout import VisualLayout
 
 TEXT_BEFORE = 35  # tokens of LLaVA-1.5's prompt before the image
 VOCABULARY = 8  # embeddings and LM head take no part in the timed work, and would only take memory

@@ -1,54 +1,186 @@
-"""`vis-sparse demo`: a shipped tiny model on held-out images, dense and under three plans."""
+"""The demo's measurements: a shipped tiny model on held-out questions, dense and under plans."""
 
 from __future__ import annotations
 
-from enum import Enum
+import base64
+import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from types import ModuleType
 
-import typer
+import torch
+from PIL import Image
+from transformers import AutoProcessor
 
-from ..cli.options import JsonOption, report
-from .tiny import NAMES
+import vis_sparse
 
-Family = Enum("Family", {name: name for name in NAMES}, type=str)
+from ..cost.shape_lookup import shape_of
+from ..layout.layout import VisualLayout
+from ..patches import read_layout
+from ..plans.budgets import resolve_heads
+from ..plans.files import as_plan
+from ..plans.plan import VisualPlan
+from .layer_work import layer_work
+from .measure import Measurement
+from .timing import machine_facts
+from .tiny import checkpoint
+from .tiny.data import KINDS, Question, questions
+from .tiny.families import FAMILIES, grid_of
+from .tiny.score import answers, prepared
+
+PLANS = ("auto", "yopo-25", "yopo-12")
+DENSE, BLIND = "dense", "blind"
+BATCH = 25  # questions answered at once
+TIMED = 16  # questions in the timed prompt
+REPEATS = 15
 
 
-def demo_command(
-    questions: Annotated[int, typer.Option(min=4, help="Held-out questions, over four kinds.")] = 300,
-    family: Annotated[Family, typer.Option(help="Which tiny model.")] = Family.llava,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="What calibrate wrote for the model.", show_default="the shipped one"),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the picture and the page.")] = Path("out/demo"),
-    json_file: JsonOption = None,
-) -> None:
-    """Show what plans do to a small trained model: accuracy, FLOPs, KV cache and time, a picture and a page.
+def run_demo(
+    num_questions: int,
+    family_name: str = "llava",
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+    calibration: Path | None = None,
+) -> dict:
+    """Answer, time and count. Returns the demo's figures as plain data (see `_costs`, `_example`).
 
-    Needs the packages of the extra `demo` and no network.
+    num_questions: in all, spread evenly over the kinds of question. family_name: one of `tiny.NAMES`.
+    on_step(done, total): called after each batch of answers and each timed turn. calibration: file that says which
+    heads and neurons budgets keep; None: the shipped one.
     """
+    family, folder = FAMILIES[family_name], checkpoint(family_name)
+    model = family.MODEL.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    shape = shape_of(model)
+    calibration = calibration or folder / "heads.safetensors"
+    plans = {
+        name: resolve_heads(as_plan(name, shape.layers), shape.heads, shape.kv_heads, calibration=calibration)
+        for name in PLANS
+    }
+    variants = {DENSE: VisualPlan.dense(shape.layers), **plans, BLIND: VisualPlan.vtw(shape.layers, 0)}
+    per_kind = max(1, num_questions // len(KINDS))
+    asked = [question for kind in KINDS for question in questions(kind, per_kind, sizes=family.SIZES)]
+    # One size, so that nothing is padded: the largest.
+    timed = questions("place", TIMED, sizes=family.SIZES[-1:])
+    embeddings, layout = timed_prompt(model, processor, timed)
+    measurement = Measurement(model, embeddings, layout, plans)
+    batches = [asked[start : start + BATCH] for start in range(0, len(asked), BATCH)]
+    done, total = 0, len(variants) * len(batches) + REPEATS * len(measurement.variants)
+
+    def step():
+        nonlocal done
+        done += 1
+        on_step(done, total)
+
+    def answered(name: str) -> list[str]:
+        if name != DENSE:
+            vis_sparse.patch(model, variants[name])
+        given = []
+        for batch in batches:
+            given += answers(model, processor, batch)
+            step()
+        vis_sparse.unpatch(model)
+        return given
+
+    given = {name: answered(name) for name in variants}
+    figures = measurement.run(REPEATS, on_turn=step)
+    one = VisualLayout(1, tuple(segment for segment in layout.segments if segment.sample == 0))
+    text_tokens = embeddings.shape[1] - one.num_visual
+    drawn = one.segments[-1]
+    return {
+        "model": {
+            "family": family_name,
+            "name": family.TITLE,
+            "parameters": sum(weight.numel() for weight in model.parameters()),
+            "layers": shape.layers,
+            "heads": shape.heads,
+            "grid": [drawn.height, drawn.width],
+            "has_tiles": len(one.segments) > 1,
+            "visual_tokens": _fewest_and_most(asked, family),
+            "image_png": _png(timed[0].image),
+        },
+        "questions": {kind: per_kind for kind in KINDS},
+        "timed": {"batch": TIMED, "visual_tokens": one.num_visual, "text_tokens": text_tokens, "repeats": REPEATS},
+        "plans": [
+            {
+                "plan": name,
+                "about": plan.about,
+                "accuracy": _accuracy(asked, given[name]),
+                "same_as_dense": _share(a == b for a, b in zip(given[name], given[DENSE], strict=True)),
+                **_costs(name, figures),
+                "layers": layer_work(shape, plan, one, text_tokens),
+            }
+            for name, plan in variants.items()
+            if name != BLIND
+        ],
+        "blind": _accuracy(asked, given[BLIND]),
+        "examples": [
+            # another size of image each time, where there are several
+            _example(asked, given, index * per_kind + index % min(per_kind, len(family.SIZES) or 1))
+            for index in range(len(KINDS))
+        ],
+        **machine_facts(model.device),
+    }
+
+
+def timed_prompt(model, processor, asked: Sequence[Question]) -> tuple[torch.Tensor, VisualLayout]:
+    """What the decoder is given for `asked`, questions of one length, images of one size: embeddings and layout."""
+    inputs = prepared(model, processor, asked)
+    kept = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: kept.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
     try:
-        from .demo_run import run_demo
-        from .page import page
-        from .picture import picture
-    except ModuleNotFoundError as error:
-        typer.echo(f"vis-sparse: demo: {error.name} is missing, expected pip install 'vis_sparse[demo]'", err=True)
-        raise typer.Exit(2) from None
-    from transformers.utils.logging import disable_progress_bar
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        hook.remove()
+    return kept[0], read_layout(model, inputs)
 
-    from .progress import progress
-    from .tables import draw_demo
 
-    disable_progress_bar()  # of loading weights, over in a moment
-    with progress("answering and timing") as on_step:
-        results = run_demo(questions, family.value, on_step, calibration)
-    out.mkdir(parents=True, exist_ok=True)
-    picture(results, out / "demo.png")
-    (out / "demo.html").write_text(page(results), encoding="utf-8")
+def _costs(name: str, figures: dict[str, dict]) -> dict:
+    """FLOPs, bytes and seconds of one question's prefill; the unpatched model's for `DENSE`."""
+    own = figures[PLANS[0] if name == DENSE else name]
+    suffix, timed = ("_dense", "dense_s") if name == DENSE else ("", "patched_s")
+    return {
+        **{key: own[key + suffix] // TIMED for key in ("flops_visual", "flops", "kv_bytes", "peak_bytes")},
+        "prefill_s": own[timed] / TIMED,
+        "prefill_spread_s": [value / TIMED for value in own["spread"][timed]],
+        "speedup": 1.0 if name == DENSE else own["speedup_paired"],
+    }
 
-    def draw(console):
-        draw_demo(console, results)
-        console.print(f"picture: {out / 'demo.png'}\npage:    {out / 'demo.html'}", highlight=False, soft_wrap=True)
 
-    report(results, json_file, draw)
+def _accuracy(asked: Sequence[Question], given: Sequence[str]) -> dict[str, float]:
+    return {
+        kind: _share(words == q.answer for q, words in zip(asked, given, strict=True) if q.kind == kind)
+        for kind in KINDS
+    }
+
+
+def _share(flags) -> float:
+    flags = list(flags)
+    return sum(flags) / len(flags)
+
+
+def _example(asked: Sequence[Question], given: dict[str, list[str]], index: int) -> dict:
+    question = asked[index]
+    return {
+        "kind": question.kind,
+        "image_png": _png(question.image),
+        "image_size": list(question.image.size),
+        "question": question.text,
+        "answer": question.answer,
+        "given": {name: words[index] for name, words in given.items()},
+    }
+
+
+def _fewest_and_most(asked: Sequence[Question], family: ModuleType) -> list[int]:
+    """Visual tokens of an image."""
+    tokens = [len(family.places(grid_of(question.image, family))) for question in asked]
+    return [min(tokens), max(tokens)]
+
+
+def _png(image: Image.Image) -> str:
+    """The image as a base64 PNG."""
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    return base64.b64encode(png.getvalue()).decode()

@@ -6,12 +6,13 @@ import numpy as np
 
 import vis_sparse
 
+from ..cost.shapes import ModelShape
 from ..kernels.patterns import visible
-from ..layout import VisualLayout
-from ..packing import visual_coordinates
-from ..plan import Neighborhood, VisualPlan
-from ..schedule import schedule
-from ..shapes import ModelShape
+from ..layout.layout import VisualLayout
+from ..layout.packing import visual_coordinates
+from ..plans.layer_plan import Neighborhood
+from ..plans.plan import VisualPlan
+from ..plans.schedule import schedule
 
 
 def layer_work(shape: ModelShape, plan: VisualPlan, layout: VisualLayout, text_tokens: int) -> list[dict]:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 import vis_sparse
 
-from ..cost import CostReport
-from ..layout import VisualLayout
-from ..plan import VisualPlan
-from ..shapes import shape_of
+from ..cost.flops import CostReport
+from ..cost.shape_lookup import shape_of
+from ..layout.layout import VisualLayout
+from ..plans.plan import VisualPlan
 from .memory import PeakBytes, cache_bytes
 from .timing import in_turns, paired_ratio, timed
 

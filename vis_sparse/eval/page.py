@@ -7,7 +7,7 @@ from html import escape
 
 from .html import CSS, bar, document, table_row
 from .layer_work import of_thumbnail, outline, runs_in_words
-from .tables import percent, span, three_digits
+from .numbers import percent, span, three_digits
 
 KIND_NAMES = {"easy_vqa": "easy-VQA", "place": "which digit where", "count": "how many", "exists": "is there one"}
 

@@ -17,8 +17,8 @@ from transformers.initialization import no_init_weights
 
 import vis_sparse
 
-from ..plan import VisualPlan
-from ..shapes import ModelShape
+from ..cost.shapes import ModelShape
+from ..plans.plan import VisualPlan
 from .bench_model import VOCABULARY, fill_randomly
 from .memory import PeakBytes
 from .timing import in_turns, machine_facts, paired_ratio, timed

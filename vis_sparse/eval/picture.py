@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from .layer_work import of_thumbnail, outline, runs_in_words
-from .tables import percent
+from .numbers import percent
 
 INK, QUIET, ACCENT, MARK, BACK, LINE = "#1d2126", "#666d75", "#0a7c72", "#d9480f", "#b9c4cc", "#d5d1c8"
 PIXELS = 32  # drawn for a visual token, a side

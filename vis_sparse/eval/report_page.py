@@ -5,14 +5,14 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from ..cli.options import mebibytes
-from ..cost import flops
-from ..plan_yaml import load_plan, plan_names
-from ..shapes import ModelShape
+from ..cost.flops import flops
+from ..cost.shapes import ModelShape
+from ..plans.files import load_plan, plan_names
 from .charts import heat_map, scatter, strip
 from .html import CSS, bar, document, table_row
+from .numbers import mebibytes, percent, seconds, span, three_digits
 from .pareto import front
-from .tables import measured_on, percent, seconds, span, three_digits
+from .tables import measured_on
 
 MORE_CSS = Path(__file__).with_name("report.css")
 

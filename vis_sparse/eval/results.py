@@ -11,12 +11,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..calibration import Calibration
-from ..cost import flops
-from ..plan import VisualPlan
-from ..shapes import load_shape
-from .lmms.report import write_tables
+from ..cost.flops import flops
+from ..cost.shape_lookup import load_shape
+from ..plans.plan import VisualPlan
+from ..plans.scores import Calibration
 from .lmms.run import Settings, evaluate
+from .lmms.tables import write_tables
 from .report_page import page
 from .tables import measured_on
 from .tiny import checkpoint

@@ -5,7 +5,17 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from ..cli.options import human, mebibytes, tight_table
+from .numbers import human, mebibytes, percent, seconds, span
+
+
+def tight_table(*headings: str, left: tuple[str, ...] = (), title: str | None = None) -> Table:
+    """A table without lines that fits 80 columns; numbers to the right, the columns named in `left` to the left."""
+    table = Table(
+        title=title, title_justify="left", box=None, collapse_padding=True, pad_edge=False, header_style="bright_black"
+    )
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
+    return table
 
 
 def measured_on(row: dict) -> str:
@@ -117,22 +127,3 @@ def draw_demo(console: Console, results: dict) -> None:
         style="bright_black",
         highlight=False,
     )
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
-def three_digits(value: float) -> str:
-    """Three significant digits or all before the point, never an exponent: 1,234 or 12.3 or 1.23."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.{1 if value >= 10 else 2}f}"
-
-
-def seconds(value: float) -> str:
-    return f"{three_digits(value)} s" if value >= 1 else f"{three_digits(value * 1e3)} ms"
-
-
-def span(times: list[float]) -> str:
-    """Fastest to slowest, in the unit that `seconds` would give the fastest."""
-    factor = 1 if times[0] >= 1 else 1e3
-    return "–".join(three_digits(time * factor) for time in times)

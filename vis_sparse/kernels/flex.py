@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from ..packing import Coordinates, on_device
-from ..plan import Neighborhood
+from ..layout.packing import Coordinates, on_device
+from ..plans.layer_plan import Neighborhood
 from . import tiled
 from .patterns import TextPattern, VisualPattern, visible, window
 from .tiled import attention_mass

@@ -13,8 +13,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from ..packing import Coordinates, on_device
-from ..plan import Neighborhood
+from ..layout.packing import Coordinates, on_device
+from ..plans.layer_plan import Neighborhood
 
 # Cost of fetching one key row in units of one query-key pair: a row of K and V is copied (16 bytes a head_dim
 # element in fp32) where a pair costs 4 FLOPs a head_dim element.

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..packing import Coordinates, on_device
-from ..plan import Neighborhood
+from ..layout.packing import Coordinates, on_device
+from ..plans.layer_plan import Neighborhood
 from .patterns import TextPattern, VisualPattern, window
 
 Pattern = TextPattern | VisualPattern

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..packing import on_device
-from ..plan import Neighborhood
+from ..layout.packing import on_device
+from ..plans.layer_plan import Neighborhood
 from . import tiled, triton_ops, tuning
 from .patterns import TextPattern, VisualPattern
 from .tables import key_blocks, key_tiles, near_tables, run_tables

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from torch import nn
 
-from ..heads import resolve_heads
 from ..kernels import get_backend
-from ..layout import VisualLayout
-from ..plan import VisualPlan
-from ..plan_yaml import as_plan
-from ..recipe import PlanRecipe
+from ..layout.layout import VisualLayout
+from ..plans.budgets import resolve_heads
+from ..plans.files import as_plan
+from ..plans.plan import PlanRecipe, VisualPlan
 from .decoder import read_decoder
 from .errors import PatchError
 from .family import Family
@@ -177,7 +176,7 @@ def inspect(model: nn.Module) -> dict | None:
     if packing is not None:
         last = LastCall(packing.layout, packing.length, packing.past, packing.num_text // packing.batch)
     if last is not None and last.layout.segments and not last.past:
-        from ..cost import flops
+        from ..cost.flops import flops
 
         layout = packing.layout_without_padding()
         for name, plan in (("flops", state.plan), ("flops_dense", VisualPlan.dense(state.plan.num_layers))):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..lanes import Decoder, DecoderLayer
+from ..executor.lanes import Decoder, DecoderLayer
 from .errors import PatchError
 
 # the linear layers (and activation) of an attention module and of an FFN in each known structure, and their parts

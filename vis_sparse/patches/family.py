@@ -8,7 +8,7 @@ from operator import attrgetter
 
 from torch import nn
 
-from ..layout import VisualLayout
+from ..layout.layout import VisualLayout
 
 
 def outer_model(model: nn.Module) -> nn.Module:

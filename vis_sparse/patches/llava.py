@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..layout import LayoutError
+from ..layout.layout import LayoutError
 from .placeholders import Grid, Visual, family
 
 

@@ -9,7 +9,7 @@ import math
 
 from torch import nn
 
-from ..image_grids import AnyRes, OneVision
+from ..layout.image_grids import AnyRes, OneVision
 from .llava import check_strategy
 from .placeholders import Grid, Visual, family
 

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..heads import load_heads
-from ..image_grids import AnyRes
-from ..layout import LayoutError, VisualLayout
-from ..plan import PlanError, VisualPlan
+from ..layout.image_grids import AnyRes
+from ..layout.layout import LayoutError, VisualLayout
+from ..plans.budgets import load_heads
+from ..plans.layer_plan import PlanError
+from ..plans.plan import VisualPlan
 from .family import Family
 from .placeholders import Grid
 

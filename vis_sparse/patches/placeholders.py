@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from ..layout import LayoutError, VisualLayout
+from ..layout.layout import LayoutError, VisualLayout
 from .family import Family
 
 Grid = tuple[int, int, int]

@@ -12,13 +12,13 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ..cache import LaneCacheLayer
-from ..call import Call
+from ..executor.cache import LaneCacheLayer
+from ..executor.call import Call
+from ..executor.lanes import Decoder, LaneExecutor
 from ..kernels import Backend
-from ..lanes import Decoder, LaneExecutor
-from ..layout import LayoutError, VisualLayout
-from ..packing import Packing, pack, text_coordinates
-from ..plan import VisualPlan
+from ..layout.layout import LayoutError, VisualLayout
+from ..layout.packing import Packing, pack, text_coordinates
+from ..plans.plan import VisualPlan
 from .errors import PatchError
 from .family import Family
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from ...patches import read_layout
 from .columns import SampleCost
-from .meter import Meter, per_sample
+from .cost_meter import CostMeter, per_sample
 
 Ask = Callable[[list[str]], list[dict] | None]  # the answers so far -> messages of the next turn, None at the end
 
@@ -34,7 +34,7 @@ def turns(request: Instance, document) -> Ask:
     return of_messages if len(functions) == 1 else of_prompts
 
 
-def converse(meter: Meter, processor, ask: Ask, request: Instance) -> tuple[list[str], SampleCost]:
+def converse(meter: CostMeter, processor, ask: Ask, request: Instance) -> tuple[list[str], SampleCost]:
     """The answers, and what the conversation cost in all: rows of text cost the same whether they come at once or turn
     by turn, so its FLOPs are those of a prompt with all its text."""
     model, end = meter.model, processor.tokenizer.eos_token_id

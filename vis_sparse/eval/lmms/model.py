@@ -19,7 +19,7 @@ from ...patches.errors import PatchError
 from .bases import base_class
 from .columns import SampleCost, install
 from .conversation import converse, turns
-from .meter import Key, Meter, words
+from .cost_meter import CostMeter, Key, words
 
 
 class VisSparse(lmms):
@@ -80,7 +80,7 @@ def load(
 class PatchedModel:
     """What a base class of lmms-eval gains: a plan, costs with its answers, and conversations on a kept cache."""
 
-    meter: Meter | None = None
+    meter: CostMeter | None = None
 
     def use_plan(self, plan: str, calibration=None, heads=None, backend: str = "auto", paired: int = 0) -> None:
         """Run under another plan from now on. Arguments as in `load`."""
@@ -90,7 +90,7 @@ class PatchedModel:
             unpatch(self.model)
         else:
             patch(self.model, plan, heads=heads, calibration=calibration, backend=backend)
-        self.meter = Meter(self.model, paired)
+        self.meter = CostMeter(self.model, paired)
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """The base's answers, with their costs. A request whose document cannot be read is answered by "" and an error

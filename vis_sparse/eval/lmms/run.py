@@ -18,7 +18,7 @@ from lmms_eval.utils import handle_non_serializable
 
 from ... import __version__
 from ...calibration.records import SampleError
-from ...plan import PlanError
+from ...plans.layer_plan import PlanError
 from ..tasks import folder
 from ..timing import machine_facts
 from .columns import COLUMNS

@@ -1,0 +1,78 @@
+"""`vis-sparse bench`: time, FLOPs and bytes of plans at a model's full width, with random weights."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..eval.bench import DTYPES, bench, compare
+from ..eval.progress import progress
+from ..eval.tables import draw_bench, draw_peers
+from .flops import pixels
+from .options import CalibrationOption, JsonOption, ModelOption, emit
+
+
+def bench_command(
+    context: typer.Context,
+    model: ModelOption = "llava-1.5-7b",
+    layers: Annotated[int, typer.Option(min=1, help="Decoder layers to build.")] = 8,
+    plan: Annotated[str, typer.Option("--plan", metavar="A,B,...", help="Plans (names or files).")] = "yopo-12",
+    batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 1,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of a sample.")] = 64,
+    image_size: Annotated[str | None, typer.Option(metavar="WxH", help="Size of the image in pixels.")] = None,
+    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES) + ".")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every variant once.")] = 5,
+    decode: Annotated[bool, typer.Option("--decode", help="Also time a decode step after the prompt.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time all variants under torch.compile.")] = False,
+    with_peers: Annotated[
+        bool, typer.Option("--peers", help="`generate` on Qwen2.5-VL beside what else can be installed, instead.")
+    ] = False,
+    calibration: CalibrationOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Time plans against the unpatched model, at full width with random weights; `kernels`: attention alone.
+
+    The unpatched model, the dense plan and each plan run in turns (with --compile one after the other). Timed is the
+    decoder on input embeddings. The JSON is one object for one plan, a list of objects for several.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    import torch
+
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"got {dtype!r}, expected one of {', '.join(DTYPES)}", param_hint="--dtype")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise typer.BadParameter(
+            f"got {device!r}, expected a device of torch ({reason})", param_hint="--device"
+        ) from None
+    names = list(dict.fromkeys(name.strip() for name in plan.split(",")))
+    if with_peers and calibration is not None:
+        raise typer.BadParameter("got a file beside --peers, expected none", param_hint="--calibration")
+    if with_peers:
+        place = {"dtype": dtype, "device": device, "repeats": repeats}
+        with progress("timing in turns") as on_turn:
+            results = compare(model, names, layers=layers, text_tokens=text_tokens, on_turn=on_turn, **place)
+        emit(results, json_file, lambda console: draw_peers(console, results))
+        return
+    with progress("timing in turns") as on_turn:
+        results = bench(
+            model,
+            names,
+            layers=layers,
+            batch=batch,
+            text_tokens=text_tokens,
+            image_size=pixels(image_size),
+            dtype=dtype,
+            device=device,
+            repeats=repeats,
+            decode=decode,
+            compiler="inductor" if compiled else None,
+            calibration=calibration,
+            on_turn=on_turn,
+        )
+    emit(results if len(results) > 1 else results[0], json_file, lambda console: draw_bench(console, results))

@@ -1,0 +1,158 @@
+"""FLOPs and KV-cache bytes of a plan, from the model's shape and the batch's layout. Nothing is run.
+
+Conventions (a multiply-add is 2 FLOPs unless said otherwise):
+
+- `executed`: what the patched model does, text included, from the same `schedule` as the executor. Projections and
+  FFN are exact; scores are the ideal number, each pair that is really read counted once. Where a plan drops tokens by
+  their scores, evenly spaced ones stand in for those that stay: their number is exact, their places decide pairs alone.
+- `paper` (arXiv 2410.06169): visual tokens only, 2(4nd^2 + 2n^2 d + 3ndm) a layer, scaled by the plan.
+- `macs`: multiply-adds, half of `paper`. `fastv`: multiply-adds with 2ndm for the FFN (arXiv 2403.06764).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ..layout.image_grids import EncodedImage, Grid, ShapeError
+from ..layout.layout import LayoutError, VisualLayout
+from ..plans.budgets import resolve_heads
+from ..plans.files import as_plan
+from ..plans.layer_plan import PlanError
+from ..plans.plan import PlanRecipe, VisualPlan
+from ..plans.schedule import schedule
+from .conventions import executed, fastv, macs, paper, tokens_by_layer
+from .report import CostReport
+from .shape_config import MODEL_TYPES
+from .shape_lookup import as_shape
+from .shapes import ModelShape
+
+CONVENTIONS = {"executed": executed, "paper": paper, "macs": macs, "fastv": fastv}
+
+
+def flops(
+    model,
+    plan: VisualPlan | PlanRecipe | str | Path,
+    *,
+    layout: VisualLayout | None = None,
+    text_tokens: int = 64,
+    text_before: int = 35,
+    images: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    video_frames: int = 0,
+    batch: int = 1,
+    convention: str = "executed",
+    heads="first",
+    kv_dtype_bytes: int = 2,
+    executed_scores: int | None = None,
+) -> CostReport:
+    """Count `plan` on `model`: a `ModelShape`, a shipped name, a checkpoint folder, or a live transformers model.
+
+    layout: where the visual tokens lie, positions without padding; by default each sample has `images` images of
+    `image_size` (height, width) pixels in a row after `text_before` text tokens, then a video of `video_frames`
+    sampled frames of that size, if any; images is 1 by default, 0 with a video. With a layout, the vision tower and the
+    projector are not counted: it doesn't say what they ran. text_tokens: text tokens of a sample in all. batch:
+    samples; a given layout is repeated to fill it. heads: as in `resolve_heads`; the default lets the first heads
+    stand in for a budget's. kv_dtype_bytes: bytes of a cached value.
+
+    Under "executed", plan "dense" is the whole unpatched model, causal scores n(n+1)/2. The other conventions have no
+    grouped KV heads (MHA of the model's width), and charge nothing after the last layer in which text reads visual
+    tokens, whatever the plan's semantics.
+
+    Raises PlanError, LayoutError or ShapeError.
+    """
+    if convention not in CONVENTIONS:
+        raise PlanError(f"convention: got {convention!r}, expected one of {', '.join(CONVENTIONS)}")
+    shape = as_shape(model)
+    plan = resolve_heads(as_plan(plan, shape.layers), shape.heads, shape.kv_heads, heads)
+    plan.check_fits(shape.layers, shape.heads, shape.ffn)
+    encoded = ()
+    if layout is None:
+        encoded = _encode(shape, images, image_size, video_frames)
+        layout = _in_a_row([grid for image in encoded for grid in image.grids], text_tokens, text_before)
+    if batch != 1:
+        layout = layout.expanded(batch)
+        encoded *= batch
+    prefill, decode = CONVENTIONS[convention](shape, plan, layout, text_tokens)
+    if decode is not None:
+        lm_head = 2 * layout.batch_size * shape.hidden * shape.vocab
+        decode = dataclasses.replace(decode, lm_head=lm_head)
+        prefill = dataclasses.replace(prefill, lm_head=lm_head)
+        if encoded and shape.vision:
+            tower, projector = _vision_tower(shape, encoded), _projector(shape, encoded)
+            prefill = dataclasses.replace(prefill, vision_tower=tower, projector=projector)
+    work = schedule(plan, shape.heads, shape.kv_heads, shape.ffn)
+    left = tuple(tokens.rows for tokens in tokens_by_layer((item.tokens for item in work), layout, text_tokens))
+    per_head = 2 * shape.head_dim * kv_dtype_bytes  # K and V
+    visual_heads = sum(rows * len(item.key_heads) for rows, item in zip(left, work, strict=True) if item.stores)
+    return CostReport(
+        model=shape.name,
+        plan=plan.name,
+        convention=convention,
+        batch=layout.batch_size,
+        visual_tokens=layout.num_visual,
+        text_tokens=layout.batch_size * text_tokens,
+        visual_left=left,
+        prefill=prefill,
+        decode=decode,
+        kv_text_bytes=per_head * layout.batch_size * text_tokens * shape.kv_heads * shape.layers,
+        kv_visual_bytes=per_head * visual_heads,
+        executed_scores=executed_scores,
+    )
+
+
+def resolved(plan: str, shape: ModelShape, calibration: Path | None) -> VisualPlan:
+    """A plan (name or file) for a model, its budgets resolved by the calibration; without one the first heads and
+    neurons stand in, whose numbers are right."""
+    heads = "first" if calibration is None else None
+    return resolve_heads(as_plan(plan, shape.layers), shape.heads, shape.kv_heads, heads, calibration)
+
+
+def _encode(
+    shape: ModelShape, images: int | None, image_size: tuple[int, int] | None, video_frames: int
+) -> tuple[EncodedImage, ...]:
+    if shape.image is None:
+        raise ShapeError(
+            f"model: {shape.name} has no rule from image sizes to visual tokens, expected layout= or a model of type "
+            f"{', '.join(MODEL_TYPES)}"
+        )
+    if images is None:
+        images = 0 if video_frames else 1
+    height, width = image_size or shape.image.default_size
+    if images < 0 or height < 1 or width < 1:
+        raise ShapeError(f"images: got {images} of {height} x {width} pixels, expected a count >= 0 and sides >= 1")
+    encoded = shape.image.encode_several(images, height, width)
+    if video_frames < 0:
+        raise ShapeError(f"video_frames: got {video_frames}, expected a count >= 0")
+    if not video_frames:
+        return encoded
+    if shape.video is None:
+        raise ShapeError(f"video_frames: got {video_frames}, expected 0: {shape.name} has no rule for videos")
+    return (*encoded, shape.video.encode(video_frames, height, width))
+
+
+def _in_a_row(grids: list[Grid], text_tokens: int, text_before: int) -> VisualLayout:
+    """One sample with `grids` one after the other behind `text_before` text tokens."""
+    if not 0 <= text_before <= text_tokens:
+        raise LayoutError(f"text_before: got {text_before}, expected 0 to the {text_tokens} text tokens")
+    placed, position = [], text_before
+    for frames, height, width in grids:
+        placed.append((position, (frames, height, width)))
+        position += frames * height * width
+    return VisualLayout.from_grids([placed])
+
+
+def _vision_tower(shape: ModelShape, encoded: tuple[EncodedImage, ...]) -> int:
+    vision = shape.vision
+    total = 0
+    for patches in (count for image in encoded for count in image.sequences):
+        rows = patches + vision.class_token
+        matrices = rows * vision.hidden * (4 * vision.hidden + 2 * vision.ffn)
+        scores = 2 * rows * rows * vision.hidden
+        total += 2 * patches * vision.patch_values * vision.hidden + 2 * vision.layers * (matrices + scores)
+    return total
+
+
+def _projector(shape: ModelShape, encoded: tuple[EncodedImage, ...]) -> int:
+    rows = sum(image.projected for image in encoded)
+    return 2 * rows * sum(inputs * outputs for inputs, outputs in shape.projector)

@@ -1,0 +1,73 @@
+"""What plans answer to held-out questions, question by question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...calibration.probe import Probe
+from ...calibration.profiles import Target
+from ...calibration.records import Record
+from ...calibration.samples import encode
+from ...plans.layer_plan import LayerPlan
+from ...plans.plan import VisualPlan
+from ..tiny.data import KINDS, questions
+from ..tiny.families import family_of
+
+_CHUNK = 125  # questions whose states are held at once
+
+Layers = tuple[LayerPlan, ...]
+
+# What is scored: every kind of questions, and the task that three of them make up.
+SCORED = {kind: (kind,) for kind in KINDS} | {"digit grid": KINDS[1:]}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """right: by kind, (questions,) bool, whether all tokens of the answer are the likeliest ones, which is what greedy
+    `generate` gives. kl: KL(dense || plan) at the answers' tokens in nats, mean over all questions."""
+
+    right: dict[str, np.ndarray]
+    kl: float
+
+    def to(self, scored: str) -> np.ndarray:
+        """(questions,) bool: which questions of a name in `SCORED` are answered right."""
+        return np.concatenate([self.right[kind] for kind in SCORED[scored]])
+
+    def score(self, scored: str) -> float:
+        """Share of right answers."""
+        return float(self.to(scored).mean())
+
+
+def answers(
+    target: Target, processor, plans: Iterable[VisualPlan], asked: int, on_step: Callable[[int, int], None]
+) -> dict[Layers, Answers]:
+    """The answers of plans, by their layers, to the first `asked` held-out questions of each kind.
+
+    on_step(done, total): called after each piece of the work.
+    """
+    different = list({plan.layers: plan for plan in plans}.values())
+    right: dict[Layers, dict[str, list]] = {plan.layers: {kind: [] for kind in KINDS} for plan in different}
+    kl: dict[Layers, list] = {plan.layers: [] for plan in different}
+    done, total = 0, len(KINDS) * -(-asked // _CHUNK) * len(different)
+    for kind in KINDS:
+        held_out = questions(kind, asked, sizes=family_of(target.model).SIZES)
+        for start in range(0, asked, _CHUNK):
+            chunk = held_out[start : start + _CHUNK]
+            probe = Probe(target, [encode(processor, Record(q.image, q.text, q.answer)) for q in chunk], 25)
+            for plan in different:
+                divergences, correct = probe.per_sample(plan)
+                right[plan.layers][kind].append(correct)
+                kl[plan.layers].append(divergences)
+                done += 1
+                on_step(done, total)
+
+    def merged(layers: Layers) -> Answers:
+        return Answers(
+            {kind: np.concatenate(parts) for kind, parts in right[layers].items()},
+            float(np.concatenate(kl[layers]).mean()),
+        )
+
+    return {plan.layers: merged(plan.layers) for plan in different}

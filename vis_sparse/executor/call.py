@@ -1,0 +1,174 @@
+"""One call of the executor: its index tables and masks on the device, kept for as long as the layout repeats."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from ..kernels import Backend
+from ..kernels.patterns import TextPattern, VisualPattern
+from ..layout.packing import Coordinates, Packing, on_device, places_of, text_coordinates
+
+
+class Call:
+    """Tables of one call on a device.
+
+    packing: the call's rows. seen, rest: coordinates of the slots of the two stores after the call's own were
+    appended, (batch, slots). mask: (batch, columns) bool, False = padding; None = none, or as the slots say.
+    in_sequence: the rows of `packing` at their columns of the sequence, where `packing` has others (`leaving`).
+    """
+
+    def __init__(
+        self,
+        packing: Packing,
+        seen: Coordinates,
+        rest: Coordinates,
+        device: torch.device,
+        mask: np.ndarray | None = None,
+        in_sequence: Packing | None = None,
+    ):
+        self.packing, self.device, self.mask = packing, device, mask
+        self.in_sequence = packing if in_sequence is None else in_sequence
+        self._seen, self._rest = seen, rest
+        self._patterns: dict = {}
+        self.num_text = packing.num_text
+        self.batch = packing.batch
+        self.has_run = False  # whether the backend's tables have been built
+
+    @classmethod
+    def over(cls, packing: Packing, book, mask: np.ndarray | None, device: torch.device) -> Call:
+        """The tables of a call whose slots `book` already has."""
+        return cls(packing, book.slots.masked(mask), book.text_slots().masked(mask), device, mask)
+
+    def leaving(self, kept: np.ndarray, book) -> Call:
+        """The tables of the layers that only the packed visual rows `kept` reach; appends their slots to `book`.
+
+        Columns are counted without those that left: what is left is a shorter sequence, over which plain causal
+        attention is plain again. (Positions went into the rows' rotation; columns only say who comes first.)
+        """
+        left = self.in_sequence.keep(kept)
+        book.append(left.slots(), left.length)
+        seen, rest = book.slots.masked(self.mask), book.text_slots().masked(self.mask)
+        places = places_of(seen, left.past + left.length)
+        return Call(left.moved(places), seen.moved(places), rest.moved(places), self.device, self.mask, left)
+
+    @cached_property
+    def _index(self) -> np.ndarray:
+        return self.packing.row_index()
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        rows = self.packing.batch * self.packing.length
+        return not self.packing.num_visual and np.array_equal(self._index, np.arange(rows))
+
+    @cached_property
+    def _row_index(self) -> torch.Tensor:
+        return self._to(self._index)
+
+    @cached_property
+    def _is_real(self) -> np.ndarray:
+        return np.concatenate([self.packing.text_valid.ravel(), np.ones(self.packing.num_visual, dtype=bool)])
+
+    @cached_property
+    def _real_rows(self) -> torch.Tensor | None:
+        return None if self._is_real.all() else self._to(np.flatnonzero(self._is_real))
+
+    @cached_property
+    def order(self) -> torch.Tensor | None:
+        """Row of every column, where each column is a row: the way back into the sequence's order."""
+        covers = self._is_real.all() and len(self._index) == self.packing.batch * self.packing.length
+        return self._to(np.argsort(self._index)) if covers and not self.packing.past else None
+
+    def _to(self, array: np.ndarray) -> torch.Tensor:
+        return on_device(array, self.device)
+
+    def split(self, hidden, cos, sin):
+        """Rows of the lanes: hidden (rows, d), cos and sign-turned sin (rows, 1, head_dim)."""
+        half = sin.shape[-1] // 2
+        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        shape = (self.batch, hidden.shape[1])
+        cos, sin = (t.expand(*shape, t.shape[-1]).flatten(0, 1) for t in (cos, sin))
+        rows = hidden.flatten(0, 1)
+        if self._is_plain:
+            return rows.clone(), cos[:, None], sin[:, None]
+        return (t.index_select(0, self._row_index) for t in (rows, cos[:, None], sin[:, None]))
+
+    def merge(self, hidden, x, stopped=None):
+        """Rows back to the shape of `hidden`; columns of padding keep its values."""
+        if self._is_plain:
+            return x.view(hidden.shape)
+        rows = x if stopped is None else torch.cat([x, stopped])
+        if self.order is not None:
+            return rows.index_select(0, self.order).view(hidden.shape)
+        index = self._row_index
+        if self._real_rows is not None:
+            rows, index = rows.index_select(0, self._real_rows), index.index_select(0, self._real_rows)
+        return hidden.flatten(0, 1).index_copy(0, index, rows).view(hidden.shape)
+
+    def by_sample(self, text):
+        """Text rows (batch * text length, ...) as (batch, text length, ...)."""
+        return text.unflatten(0, self.packing.text_columns.shape)
+
+    def visual_by_sample(self, visual):
+        """Packed visual rows (num_visual, ...) as slots (batch, visual length, ...), padded if ragged."""
+        shape = self.packing.visual_slots.shape
+        if self.packing.packed_is_padded:
+            return visual.unflatten(0, shape)
+        return visual.index_select(0, self._visual_slots).unflatten(0, shape)
+
+    @cached_property
+    def _visual_slots(self) -> torch.Tensor:
+        return self._to(self.packing.visual_slots.ravel())
+
+    def by_packed(self, seen):
+        """Of the `seen` store's slots (batch, slots, ...), those of the packed visual rows, (num_visual, ...)."""
+        text = self.packing.text_columns.shape[1]
+        end = seen.shape[1] - text
+        own = seen[:, end - self.packing.visual_slots.shape[1] : end].flatten(0, 1)
+        if self.packing.packed_is_padded:
+            return own
+        return own.index_select(0, self._to(np.flatnonzero(self.packing.visual_valid)))
+
+    @property
+    def read_slots(self) -> torch.Tensor | None:
+        """(batch, slots) bool: what the last text row reads of the `seen` store, in heads that read visual keys; None
+        if all. Nothing visual comes after it (`tokens.check_text_follows`)."""
+        return None if self._seen.valid.all() else self._to(self._seen.valid)
+
+    def text_pattern(self, seen: bool, blind: tuple[bool, ...] | None = None) -> TextPattern:
+        """What text queries read of the `seen` store, or of the `rest` store."""
+        if (seen, blind) not in self._patterns:
+            columns = self.packing.text_columns + self.packing.past
+            slots = self._seen if seen else self._rest
+            self._patterns[seen, blind] = TextPattern(columns, slots, blind, self.device)
+        return self._patterns[seen, blind]
+
+    def visual_pattern(self, attention, stored: bool) -> VisualPattern:
+        """What visual queries read, over the slots of `seen` if the layer stores them, else over those of `rest`
+        with the call's visual slots between the past and the call's text."""
+        if (attention, stored) not in self._patterns:
+            slots = self._seen if stored else self._unstored_slots()
+            self._patterns[attention, stored] = VisualPattern(attention, self.packing.visual, slots, self.device)
+        return self._patterns[attention, stored]
+
+    def _unstored_slots(self) -> Coordinates:
+        own = self.packing.slots()
+        past = self._rest.column.shape[1] - self.packing.text_columns.shape[1]
+        return Coordinates(*(np.concatenate([r[:, :past], o], axis=1) for r, o in zip(self._rest, own)))
+
+    def joint_attention(self, backend: Backend, rows: dict, scale: float) -> torch.Tensor:
+        """Causal attention of all rows over all rows, for calls whose every column is a row; returns rows."""
+        ordered = (
+            rows[name].index_select(0, self.order).unflatten(0, (self.batch, -1)) for name in ("query", "key", "value")
+        )
+        out = backend.text_attention(*ordered, self._joint_pattern, scale).flatten(0, 1)
+        return out.index_select(0, self._row_index)
+
+    @cached_property
+    def _joint_pattern(self) -> TextPattern:
+        column = np.broadcast_to(np.arange(self.packing.length), (self.batch, self.packing.length))
+        sample = np.broadcast_to(np.arange(self.batch)[:, None], column.shape)
+        slots = text_coordinates(sample, column, np.ones(column.shape, dtype=bool))
+        return TextPattern(column, slots, None, self.device)

@@ -1,0 +1,81 @@
+"""Which visual tokens go on to the next layer: chosen on the host, from coordinates and from one score a token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from ..layout.layout import LayoutError, VisualLayout
+from ..layout.packing import Coordinates, Packing, visual_coordinates
+from ..plans.layer_plan import TokenBudget
+
+
+def choose(budget: TokenBudget, layer: int, visual: Coordinates, scores: np.ndarray | None) -> np.ndarray:
+    """The packed rows that stay, ascending.
+
+    layer: index in the decoder. visual: coordinates of the rows, sample after sample. scores: (rows,), the higher the
+    sooner a row stays, for the orders that have them ("attention", "norm"); without them evenly spaced rows stand in,
+    as many: good for counting.
+    """
+    if budget.by == "stride":
+        return np.flatnonzero(_on_sub_grid(budget, visual))
+    kept = [np.zeros(0, dtype=np.int64)]
+    for sample in np.unique(visual.sample):
+        rows = np.flatnonzero(visual.sample == sample)
+        count = budget.count(len(rows))
+        if budget.by == "random":
+            first = np.sort(np.random.default_rng(layer).permutation(len(rows))[:count])
+        elif scores is None or budget.by == "uniform":
+            first = (2 * np.arange(count) + 1) * len(rows) // (2 * count)
+        else:
+            first = np.sort(np.argsort(-scores[rows], kind="stable")[:count])
+        kept.append(rows[first])
+    return np.concatenate(kept)
+
+
+def _on_sub_grid(budget: TokenBudget, visual: Coordinates) -> np.ndarray:
+    inside = np.zeros(len(visual.sample), dtype=bool)
+    for height, width in sorted(set(zip(visual.height.tolist(), visual.width.tolist()))):
+        down, across = _steps(height, width, budget.keep)
+        lies = (visual.y % down == (down - 1) // 2) & (visual.x % across == (across - 1) // 2)
+        inside |= lies & (visual.height == height) & (visual.width == width)
+    return inside
+
+
+def _steps(height: int, width: int, keep: float) -> tuple[int, int]:
+    """Steps down and across whose share is closest to `keep`; of equal ones the most alike, then the least down."""
+
+    def kept(step: int, side: int) -> int:
+        return len(range((step - 1) // 2, side, step))
+
+    def rank(steps: tuple[int, int]):
+        down, across = steps
+        return abs(kept(down, height) * kept(across, width) - keep * height * width), abs(down - across), down
+
+    return min(((down, across) for down in range(1, height + 1) for across in range(1, width + 1)), key=rank)
+
+
+def left_by_layer(budgets: Iterable[TokenBudget | None], layout: VisualLayout) -> list[Coordinates]:
+    """The visual tokens that come into each layer, for counting: their number is exact; where scores choose, which
+    ones they are is not known without a model, and evenly spaced ones stand in."""
+    left, layers = visual_coordinates(layout), []
+    for layer, budget in enumerate(budgets):
+        layers.append(left)
+        if budget is not None:
+            left = left.take(choose(budget, layer, left, None))
+    return layers
+
+
+def check_text_follows(packing: Packing) -> None:
+    """Raise LayoutError where a visual token of the call has no text after it, and so nothing to score it."""
+    if not packing.num_visual:
+        return
+    last = np.where(packing.text_valid, packing.text_columns, -1).max(1, initial=-1)
+    late = packing.visual.column - packing.past > last[packing.visual.sample]
+    if late.any():
+        sample, column = packing.visual.sample[late][0], packing.visual.column[late][0]
+        raise LayoutError(
+            f"tokens: got a call with the visual token at position {column} of sample {sample} and no text after it, "
+            "expected text after the images of every call (by attention, the call's last text row chooses)"
+        )

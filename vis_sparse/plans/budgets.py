@@ -1,0 +1,124 @@
+"""Which heads and neurons are active: masks and scores from files, and budgets resolved to masks and indices."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from .layer_plan import HeadBudget, HeadFile, NeuronBudget, PlanError
+from .plan import VisualPlan, mask_plan
+from .scores import Calibration, keep_heads
+
+
+def load_heads(path: str | Path) -> np.ndarray:
+    """A (layers, heads) array: bool masks (True = active) or float scores (higher = more active).
+
+    `.npy` holds the array itself (the official masks' format); `.safetensors` holds it as tensor `heads`. Nothing is
+    unpickled. Raises PlanError if the file is missing or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PlanError(f"heads: got {str(path)!r}, expected an existing .npy or .safetensors file")
+    try:
+        array = np.load(path, allow_pickle=False) if path.suffix == ".npy" else load_file(path)["heads"]
+    except Exception as error:
+        raise PlanError(f"heads: {path}: expected a .npy array or a .safetensors tensor 'heads' ({error})") from None
+    return _checked(array)
+
+
+def _checked(array) -> np.ndarray:
+    array = np.asarray(array)
+    if array.dtype == np.uint8:
+        array = array.astype(bool)
+    if array.ndim != 2 or array.dtype.kind not in "bf":
+        raise PlanError(
+            f"heads: got {array.dtype} of shape {array.shape}, expected bool masks or float scores (layers, heads)"
+        )
+    return array
+
+
+def resolve_heads(plan: VisualPlan, num_heads: int, num_kv_heads: int, heads=None, calibration=None) -> VisualPlan:
+    """`plan` with every head budget and head file turned into a mask, and every neuron budget into indices.
+
+    heads: None; a file for `load_heads`; a (layers, heads) array of masks, which replaces the plan's own, or of
+    scores, from which budgets keep the highest; or "first", for which budgets keep the first heads and neurons (for
+    counting and for random weights: it says nothing about trained ones). calibration: a `Calibration` or its file, for
+    neuron budgets, and for head budgets where heads is None. Raises PlanError if a budget is left without scores.
+    """
+    if isinstance(calibration, str | Path):
+        calibration = Calibration.load(calibration)
+    if heads is None and calibration is not None:
+        heads = calibration.heads
+    if isinstance(heads, str | Path) and heads != "first":
+        heads = load_heads(heads)
+    if heads is not None and not isinstance(heads, str):
+        heads = _checked(heads.cpu().numpy() if hasattr(heads, "cpu") else heads)
+        expected = (plan.num_layers, num_heads)
+        if heads.shape != expected:
+            raise PlanError(f"heads: got shape {heads.shape}, expected (layers, heads) = {expected}")
+    if isinstance(heads, np.ndarray) and heads.dtype.kind == "b":
+        plan = mask_plan(plan, heads.tolist())
+    masks = _masks(plan, num_heads, num_kv_heads, heads)
+    neurons = None if calibration is None else calibration.neurons
+    if neurons is not None and len(neurons) != plan.num_layers:
+        raise PlanError(f"calibration: got {len(neurons)} layers, expected {plan.num_layers}")
+    layers = []
+    for index, layer in enumerate(plan.layers):
+        mask = masks.get(index, layer.heads)
+        ffn = _neurons(plan, index, neurons, heads) if isinstance(layer.ffn, NeuronBudget) else layer.ffn
+        layers.append(dataclasses.replace(layer, heads=mask, ffn=ffn))
+    return plan.replace(layers=tuple(layers))
+
+
+def _masks(plan: VisualPlan, num_heads: int, num_kv_heads: int, heads) -> dict[int, tuple[bool, ...]]:
+    """The masks of the layers that have a file or a budget."""
+    masks, sharing = {}, {}
+    for index, layer in enumerate(plan.layers):
+        if isinstance(layer.heads, HeadFile):
+            masks[index] = _from_file(plan, index, num_heads)
+        elif isinstance(layer.heads, HeadBudget):
+            if heads is None:
+                raise PlanError(
+                    f"plan {plan.name!r}, layer {index}: heads: got the budget {{keep: {layer.heads.keep}}} and no "
+                    "head scores, expected heads= (a file or array of scores or masks; 'first' for random weights)"
+                )
+            sharing.setdefault(layer.heads, []).append(index)
+    for budget, indices in sharing.items():
+        if isinstance(heads, str):
+            # first heads stand in: as many in every layer
+            scores, budget = np.zeros((len(indices), num_heads)), dataclasses.replace(budget, over="layer")
+        else:
+            scores = heads[indices]
+        kept = keep_heads(scores, budget, num_kv_heads).tolist()
+        masks |= {index: tuple(mask) for index, mask in zip(indices, kept)}
+    return masks
+
+
+def _from_file(plan: VisualPlan, index: int, num_heads: int) -> tuple[bool, ...]:
+    file = plan.layers[index].heads.file
+    masks = load_heads(file)
+    if masks.dtype.kind != "b" or masks.shape != (plan.num_layers, num_heads):
+        raise PlanError(
+            f"plan {plan.name!r}, layer {index}: heads: got {masks.dtype} of shape {masks.shape} in "
+            f"{file}, expected bool of shape {(plan.num_layers, num_heads)}"
+        )
+    return tuple(masks[index].tolist())
+
+
+def _neurons(plan: VisualPlan, index: int, neurons: np.ndarray | None, heads) -> float | tuple[int, ...]:
+    """What the neuron budget of a layer keeps: the most important neurons; a share of first ones for "first"."""
+    budget = plan.layers[index].ffn
+    if neurons is not None:
+        order = np.argsort(-neurons[index], kind="stable")[: budget.count(neurons.shape[1])]
+        return tuple(sorted(order.tolist()))
+    if isinstance(heads, str) and isinstance(budget.keep, float):
+        return budget.keep
+    if isinstance(heads, str):
+        return tuple(range(budget.keep))
+    raise PlanError(
+        f"plan {plan.name!r}, layer {index}: ffn: got the budget {{keep: {budget.keep}}} and no neuron importance, "
+        "expected calibration= (what vis_sparse.calibrate gives, or its file)"
+    )

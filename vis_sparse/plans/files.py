@@ -1,0 +1,42 @@
+"""The shipped plans, plans from files, and whatever a caller gives as a plan."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from .layer_plan import PlanError
+from .plan import PlanRecipe, VisualPlan, read_recipe
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def plan_names() -> list[str]:
+    """Names of the shipped plans."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def load_plan(source: str | Path) -> PlanRecipe:
+    """The plan called `source` in `configs/`, or the YAML file at that path.
+
+    A recipe fits any depth: `patch` and `flops` take it as it is, `.resolve(num_layers)` gives the `VisualPlan`.
+    """
+    shipped = CONFIGS / f"{source}.yaml"
+    if isinstance(source, str) and shipped.is_file():
+        return read_recipe(shipped)
+    if Path(source).is_file():
+        return read_recipe(Path(source))
+    near = difflib.get_close_matches(str(source), plan_names(), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise PlanError(f"plan: got {str(source)!r}, expected a file or one of {', '.join(plan_names())}{hint}")
+
+
+def as_plan(source: VisualPlan | PlanRecipe | str | Path, num_layers: int) -> VisualPlan:
+    """`source` (plan, recipe, shipped name or path) as a plan for `num_layers` decoder layers."""
+    if isinstance(source, VisualPlan):
+        return source
+    if isinstance(source, PlanRecipe):
+        return source.resolve(num_layers)
+    if isinstance(source, str | Path):
+        return load_plan(source).resolve(num_layers)
+    raise PlanError(f"plan: got {type(source).__name__}, expected a VisualPlan, a recipe, a name or a path")

@@ -1,0 +1,94 @@
+"""The result of a calibration: data, one safetensors file, and the heads that a budget keeps by its scores."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+
+from .layer_plan import HeadBudget, PlanError
+from .tensor_file import read_tensors, write_tensors
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Measurements over samples, on the dense model. Arrays are float32 unless said otherwise; L layers, H heads.
+
+    heads (L, H): the head scores that budgets are resolved from, `effects` or `mass` (metadata "scores" says which).
+    ratios (samples, L, H): attention mass on visual keys over the mass on all other keys at the rows that predict a
+    sample's answer; mass (L, H) is their mean. effects (L, H): how much the answer's log-probability depends on the
+    visual tokens in the head (`effects.head_effects`; 1 in all), zeros if that was not measured. text_mass (L,): visual
+    share of the attention of text rows after the first image. attention_change, ffn_change (L, 2): of visual rows,
+    cosine before and after the part and relative norm of what it adds. neurons (L, neurons): mean |activation| of
+    visual rows times the norm of the neuron's output column. sensitivity (L, 3), None if it was not measured:
+    KL(dense || plan) of the answer's tokens (nats) when that layer alone is off for visual tokens, attends to
+    neighbours only, skips its FFN (`probe.SENSITIVITY`). metadata: model, data, sizes and versions, text to text.
+    """
+
+    heads: np.ndarray
+    mass: np.ndarray
+    effects: np.ndarray
+    ratios: np.ndarray
+    text_mass: np.ndarray
+    attention_change: np.ndarray
+    ffn_change: np.ndarray
+    neurons: np.ndarray
+    sensitivity: np.ndarray | None = None
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.ratios)
+
+    def votes(self, threshold: float) -> np.ndarray:
+        """bool (samples, L, H): the heads that a sample votes active, those with a ratio above `threshold`."""
+        return self.ratios > threshold
+
+    def elected(self, threshold: float, whole: Iterable[int] = (0, 1)) -> np.ndarray:
+        """bool (L, H): the heads that most samples vote active; layers `whole` keep all (the paper's rule)."""
+        masks = self.votes(threshold).mean(0) > 0.5
+        masks[list(whole)] = True
+        return masks
+
+    def masks(
+        self, keep: int | float, by: str = "head", over: str = "model", whole: Iterable[int] = (0, 1)
+    ) -> np.ndarray:
+        """bool (L, H): the heads that a `HeadBudget` of these settings keeps; layers `whole` keep all (the paper's)."""
+        cut = [layer for layer in range(len(self.heads)) if layer not in set(whole)]
+        masks = np.ones(self.heads.shape, dtype=bool)
+        masks[cut] = keep_heads(self.heads[cut], HeadBudget(keep, by, over), int(self.metadata["kv_heads"]))
+        return masks
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, at once: an interrupted save leaves the old file."""
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        write_tensors(path, {name: array for name, array in tensors.items() if array is not None}, self.metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read what `save` wrote. Raises PlanError naming the file if it is missing or something else."""
+        try:
+            tensors, metadata = read_tensors(path)
+            return cls(**tensors, metadata=metadata)
+        except (OSError, SafetensorError, TypeError) as error:
+            raise PlanError(f"calibration: {path}: expected a file that calibrate wrote ({error})") from None
+
+
+_TENSORS = tuple(field.name for field in dataclasses.fields(Calibration) if field.name != "metadata")
+
+
+def keep_heads(scores: np.ndarray, budget: HeadBudget, num_kv_heads: int) -> np.ndarray:
+    """bool (layers, heads): the heads that `budget` keeps in layers of these scores, the lower one of equal heads."""
+    layers, num_heads = scores.shape
+    group = num_heads // num_kv_heads if budget.by == "group" else 1
+    units = scores.reshape(layers, -1, group).sum(-1)
+    shared = layers if budget.over == "model" else 1
+    kept = int(budget.count(num_heads, shared) / group + 0.5)
+    rows = units.reshape(layers // shared, -1)
+    masks = np.zeros(rows.shape, dtype=bool)
+    np.put_along_axis(masks, np.argsort(-rows, axis=1, kind="stable")[:, :kept], True, axis=1)
+    return masks.reshape(layers, -1).repeat(group, axis=1)

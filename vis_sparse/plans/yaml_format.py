@@ -1,0 +1,181 @@
+"""Plans as YAML: reading with every check where the data comes in, and writing so that the round trip is equal."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import yaml
+
+from .layer_plan import HeadBudget, HeadFile, LayerPlan, Neighborhood, NeuronBudget, PlanError, TokenBudget
+
+_PLAN_KEYS = ("name", "about", "semantics", "num_layers", "default", "layers")
+_LAYER_KEYS = tuple(f.name for f in dataclasses.fields(LayerPlan))
+_NEIGHBORHOOD_KEYS = tuple(f.name for f in dataclasses.fields(Neighborhood))
+
+
+def read_fields(source: str | Path) -> tuple[dict, str]:
+    """The fields of a `PlanRecipe`, and what to call their source in errors.
+
+    source: a YAML file (a `Path`, or a string that names a file) or YAML text.
+    """
+    text, origin = _text_of(source)
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise PlanError(f"{origin}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        keys = ", ".join(_PLAN_KEYS)
+        raise PlanError(f"{origin}: got {type(data).__name__}, expected a mapping with the keys {keys}")
+    try:
+        return _fields(data), origin
+    except PlanError as error:
+        raise PlanError(f"{origin}: {error}") from None
+
+
+def _text_of(source: str | Path) -> tuple[str, str]:
+    if isinstance(source, str) and ("\n" in source or ":" in source and not Path(source).is_file()):
+        return source, "plan"
+    path = Path(source)
+    if not path.is_file():
+        raise PlanError(f"plan: got {str(source)!r}, expected a YAML file or YAML text")
+    return path.read_text(), str(path)
+
+
+def _known(keys, known: tuple[str, ...], where: str) -> None:
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise PlanError(f"{where}: got unknown key {key!r}, expected one of {', '.join(known)}{hint}")
+
+
+def _fields(data: dict) -> dict:
+    _known(data, _PLAN_KEYS, "plan")
+    entries = data.get("layers") or {}
+    if not isinstance(entries, dict):
+        raise PlanError(f"layers: got {type(entries).__name__}, expected a mapping of layer ranges")
+    num_layers = data.get("num_layers")
+    if num_layers is not None and (type(num_layers) is not int or num_layers < 1):
+        raise PlanError(f"num_layers: got {num_layers!r}, expected an integer >= 1")
+    default = _changes(data.get("default", {}), "default")
+    return {
+        "name": str(data.get("name", "custom")),
+        "about": str(data.get("about", "")),
+        "semantics": data.get("semantics", "exclude"),
+        "default": default if isinstance(default, LayerPlan) else LayerPlan(**default),
+        "entries": tuple((str(spec), _changes(value, f"layers {spec}")) for spec, value in entries.items()),
+        "num_layers": num_layers,
+    }
+
+
+def _changes(value, where: str) -> dict | LayerPlan:
+    # YAML 1.1 reads a bare `off` as False
+    if value is False or value == "off":
+        return LayerPlan.off()
+    if not isinstance(value, dict):
+        raise PlanError(f"{where}: got {value!r}, expected 'off' or the keys {', '.join(_LAYER_KEYS)}")
+    _known(value, _LAYER_KEYS, where)
+    changes = dict(value)
+    if "attention" in changes:
+        changes["attention"] = _attention(changes["attention"], where)
+    if "heads" in changes:
+        changes["heads"] = _heads(changes["heads"], where)
+    if "ffn" in changes:
+        changes["ffn"] = _ffn(changes["ffn"], where)
+    if "tokens" in changes:
+        changes["tokens"] = _tokens(changes["tokens"], where)
+    try:
+        LayerPlan(**changes)
+    except PlanError as error:
+        raise PlanError(f"{where}: {error}") from None
+    return changes
+
+
+def _attention(value, where: str):
+    if not isinstance(value, dict):
+        return value
+    _known(value, _NEIGHBORHOOD_KEYS, f"{where}: attention")
+    if "radius" not in value:
+        raise PlanError(f"{where}: attention: radius is missing")
+    try:
+        return Neighborhood(**value)
+    except PlanError as error:
+        raise PlanError(f"{where}: attention: {error}") from None
+
+
+def _heads(value, where: str):
+    if value is None or value == "all":
+        return None
+    if isinstance(value, dict):
+        _known(value, ("keep", "by", "over", "file"), f"{where}: heads")
+        if ("keep" in value) == ("file" in value) or "file" in value and len(value) > 1:
+            raise PlanError(f"{where}: heads: got {value!r}, expected either keep or file")
+        try:
+            return HeadBudget(**value) if "keep" in value else HeadFile(str(value["file"]))
+        except PlanError as error:
+            raise PlanError(f"{where}: {error}") from None
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _ffn(value, where: str):
+    if isinstance(value, dict):
+        _known(value, ("keep",), f"{where}: ffn")
+        if "keep" not in value:
+            raise PlanError(f"{where}: ffn: keep is missing")
+        try:
+            return NeuronBudget(value["keep"])
+        except PlanError as error:
+            raise PlanError(f"{where}: {error}") from None
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _tokens(value, where: str):
+    if value is None or value == "all":
+        return None
+    if not isinstance(value, dict):
+        return value
+    _known(value, ("keep", "by"), f"{where}: tokens")
+    if "keep" not in value:
+        raise PlanError(f"{where}: tokens: keep is missing")
+    try:
+        return TokenBudget(**value)
+    except PlanError as error:
+        raise PlanError(f"{where}: {error}") from None
+
+
+def write_fields(name: str, about: str, semantics: str, layers: Sequence[LayerPlan]) -> str:
+    """A plan as YAML text, runs of equal layers written once."""
+    entries = {}
+    for layer, run in groupby(range(len(layers)), key=lambda i: layers[i]):
+        indices = list(run)
+        spec = str(indices[0]) if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
+        entries[spec] = "off" if layer == LayerPlan.off() else _layer_dict(layer)
+    data = {
+        "name": name,
+        "about": about,
+        "semantics": semantics,
+        "num_layers": len(layers),
+        "layers": entries,
+    }
+    return yaml.safe_dump(data, sort_keys=False, width=120, default_flow_style=None)
+
+
+def _layer_dict(layer: LayerPlan) -> dict:
+    attention, heads, ffn = layer.attention, layer.heads, layer.ffn
+    if isinstance(attention, Neighborhood):
+        attention = dataclasses.asdict(attention)
+    if isinstance(heads, HeadBudget | HeadFile):
+        heads = dataclasses.asdict(heads)
+    if isinstance(ffn, NeuronBudget):
+        ffn = dataclasses.asdict(ffn)
+    fields = {
+        "text_reads": layer.text_reads,
+        "attention": attention,
+        "heads": "all" if heads is None else list(heads) if isinstance(heads, tuple) else heads,
+        "ffn": list(ffn) if isinstance(ffn, tuple) else ffn,
+    }
+    return fields if layer.tokens is None else fields | {"tokens": dataclasses.asdict(layer.tokens)}

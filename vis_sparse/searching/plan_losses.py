@@ -1,0 +1,60 @@
+"""What plans cost and lose, each measured once."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+
+from ..calibration.probe import Probe
+from ..plans.plan import VisualPlan
+from .log import Log
+from .pareto import Point
+
+_ROUGH = 128  # samples
+
+
+class TimeUp(Exception):
+    """A plan was to be measured after the time for it."""
+
+
+class PlanLosses:
+    """Points of plans on a probe's samples, exactly or roughly: on about 128 of the samples.
+
+    cost: of a plan, in any unit. until: time.monotonic() after which what is not known raises TimeUp; not limited at
+    first.
+    """
+
+    until = float("inf")
+
+    def __init__(self, probe: Probe, cost: Callable[[VisualPlan], float], log: Log):
+        self._probe, self._cost, self._log, self._start = probe, cost, log, probe.plan
+        self._whole, self._every = cost(probe.plan), max(1, probe.num_samples // _ROUGH)
+        self._points: dict[tuple[VisualPlan, bool], Point] = {}
+
+    @property
+    def dense(self) -> VisualPlan:
+        return VisualPlan.dense(self._start.num_layers)
+
+    def cost(self, plan: VisualPlan) -> float:
+        """Share of the dense plan's cost."""
+        return self._cost(plan) / self._whole
+
+    def start_from(self, plan: VisualPlan) -> None:
+        """Measure the plans to come from the layer on in which they leave `plan`: quick for its neighbours."""
+        self._start = plan
+
+    def __call__(self, plan: VisualPlan, rough: bool = False) -> Point:
+        """The point of a plan whose heads are masks."""
+        if (plan, rough) not in self._points:
+            every = self._every if rough else 1
+            key = hashlib.sha256(repr((self._probe.work(plan), every)).encode()).hexdigest()
+            kl, accuracy = self._log(key, lambda: self._measure(plan, every))
+            self._points[plan, rough] = Point(plan, self.cost(plan), kl, accuracy)
+        return self._points[plan, rough]
+
+    def _measure(self, plan: VisualPlan, every: int) -> list[float]:
+        if time.monotonic() > self.until:
+            raise TimeUp
+        self._probe.adopt(self._start)
+        return list(self._probe.measure(plan, every))
