@@ -17,14 +17,16 @@ LLAVA := --no-deps llava-torch==1.2.2.post1
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test test-old lint bench results tiny clean
+.PHONY: help setup demo test test-old lint docs figures bench results tiny clean
 help:
 	@echo "make demo    the shipped tiny LLaVA, dense and under three plans, on held-out images: table, PNG, HTML page"
 	@echo "make test    the tests"
 	@echo "make test-old  the tests on transformers 5.17 and torch 2.11, in $(OLD)"
 	@echo "make lint    ruff"
+	@echo "make docs    the documentation as a site in site/; a broken link fails"
+	@echo "make figures  the pictures of README and docs, drawn again from the plans"
 	@echo "make bench   time of a prefill and a decode step at the width of LLaVA-1.5-7B (8 layers, 6.5 GB of weights)"
-	@echo "make results  every plan and its peers through lmms-eval on the shipped models: the table of the README"
+	@echo "make results  every plan and its peers through lmms-eval on the shipped models: the tables of docs/results.md"
 	@echo "make tiny    train the tiny LLaVA again from nothing (under 90 minutes on 2 cores), or another: FAMILY=qwen2_vl, internvl"
 
 setup: $(READY)
@@ -50,6 +52,12 @@ test-old:
 
 lint: $(READY)
 	$(BIN)/ruff check .
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+figures: $(READY)
+	$(BIN)/python -m vis_sparse.eval.figures
 
 bench: $(READY)
 	$(BIN)/vis-sparse bench $(BENCH)

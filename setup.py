@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 # lmms-eval takes any pytablewriter, and prints its table without headings with those before 1
 EVAL = ["decord>=0.6", "lmms-eval==0.7.3", "matplotlib>=3.7", "pytablewriter>=1"]
 DEMO = ["easy-vqa>=1.0", "matplotlib>=3.7", "pillow>=10", "scikit-learn>=1.3", "torchvision>=0.24"]
+DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30"]
 README = Path(__file__).parent / "README.md"
 
 setup(
@@ -35,9 +36,10 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
+        "docs": DOCS,
         "eval": EVAL,
         "train": ["accelerate>=1.0", "peft>=0.17"],
-        "dev": [*DEMO, *EVAL, "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9"],
+        "dev": [*DEMO, *DOCS, *EVAL, "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9"],
     },
     entry_points={
         "console_scripts": ["vis-sparse = vis_sparse.cli.main:app"],
