@@ -6,11 +6,12 @@ A command is a function in a module of its own that imports torch and transforme
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
+from .. import __version__
 from ..calibration.records import SampleError
 from ..checkpoints.errors import CheckpointError
 from ..layout.image_grids import ShapeError
@@ -22,6 +23,7 @@ from .bench_kernels import bench_kernels_command
 from .calibrate import calibrate_command
 from .convert import convert_command
 from .demo import demo_command
+from .doctor import doctor_command
 from .evaluate import eval_command
 from .flops import flops_command
 from .plan import plan_app
@@ -56,6 +58,23 @@ app = typer.Typer(
     add_completion=False,
     help="Sparse computation for the visual tokens of multimodal LLMs.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"vis-sparse {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 app.add_typer(plan_app, name="plan")
 app.command("flops", epilog="Example: vis-sparse flops --model llava-1.5-7b --plan dense,auto,yopo-12")(flops_command)
 bench_app = typer.Typer()
@@ -83,3 +102,4 @@ app.command("search", epilog="Example: vis-sparse search --model DIR --data tiny
 app.command("convert-internvl2", epilog="Example: vis-sparse convert-internvl2 InternVL2-8B InternVL2-8B-hf")(
     convert_command
 )
+app.command("doctor", epilog="Example: vis-sparse doctor --json report.json")(doctor_command)
