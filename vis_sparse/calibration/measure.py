@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,14 +16,17 @@ from . import processes
 from .records import SampleError
 from .sums import Sums
 
+if TYPE_CHECKING:
+    from torch import nn
+
 SCORES = ("effects", "mass")
 _EFFECT_SHARE = 1 / 8  # of the samples; an effect costs three passes through the decoder
 _GOLDEN = (5**0.5 - 1) / 2
 
 
 def calibrate(
-    model,
-    samples: Iterable[dict],
+    model: nn.Module,
+    samples: Iterable[dict[str, Any]],
     *,
     scores: str = "effects",
     sensitivity: bool = False,

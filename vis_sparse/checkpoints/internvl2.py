@@ -27,7 +27,7 @@ _COPIED = ("tokenizer*", "*tokens*.json", "vocab.json", "merges.txt", "preproces
 def load_internvl2(
     folder: str | Path,
     dtype: torch.dtype | None = None,
-    device_map: str | int | torch.device | dict | None = None,
+    device_map: str | int | torch.device | dict[str, int | str | torch.device] | None = None,
     image_token_id: int | None = None,
 ) -> InternVLForConditionalGeneration:
     """The original InternVL2 checkpoint in `folder` as transformers' InternVLForConditionalGeneration.

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from numpy.typing import ArrayLike
 
 from ..layout.image_grids import EncodedImage, Grid, ShapeError
 from ..layout.layout import LayoutError, VisualLayout
@@ -27,11 +30,14 @@ from .shape_config import MODEL_TYPES
 from .shape_lookup import as_shape
 from .shapes import ModelShape
 
+if TYPE_CHECKING:
+    from torch import nn
+
 CONVENTIONS = {"executed": executed, "paper": paper, "macs": macs, "fastv": fastv}
 
 
 def flops(
-    model,
+    model: ModelShape | str | Path | nn.Module,
     plan: VisualPlan | PlanRecipe | str | Path,
     *,
     layout: VisualLayout | None = None,
@@ -42,7 +48,7 @@ def flops(
     video_frames: int = 0,
     batch: int = 1,
     convention: str = "executed",
-    heads="first",
+    heads: str | Path | ArrayLike | None = "first",
     kv_dtype_bytes: int = 2,
     executed_scores: int | None = None,
 ) -> CostReport:

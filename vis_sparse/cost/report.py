@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 PARTS = ("qkv", "scores", "out", "ffn")
 
@@ -105,7 +106,7 @@ class CostReport:
         ideal = self.prefill.part("scores")
         return None if self.executed_scores is None or not ideal else self.executed_scores / ideal
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Every field and total as plain numbers, for JSON."""
         data = dataclasses.asdict(self)
         for name in ("prefill", "decode"):

@@ -41,7 +41,7 @@ class VisualLayout:
     batch_size: int
     segments: tuple[Segment, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "segments", tuple(self.segments))
         previous = None
         for segment in self.segments:

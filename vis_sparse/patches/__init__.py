@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from numpy.typing import ArrayLike
 from torch import nn
 
 from ..kernels import get_backend
@@ -14,6 +16,7 @@ from ..layout.layout import VisualLayout
 from ..plans.budgets import resolve_heads
 from ..plans.files import as_plan
 from ..plans.plan import PlanRecipe, VisualPlan
+from ..plans.scores import Calibration
 from .decoder import read_decoder
 from .errors import PatchError
 from .family import Family
@@ -56,8 +59,8 @@ def patch(
     model: nn.Module,
     plan: VisualPlan | PlanRecipe | str | Path = "auto",
     *,
-    heads=None,
-    calibration=None,
+    heads: str | Path | ArrayLike | None = None,
+    calibration: Calibration | str | Path | None = None,
     backend: str = "auto",
 ) -> nn.Module:
     """Make `model` compute on its visual tokens only what `plan` asks for. In place; returns the model.
@@ -101,7 +104,12 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def patched(
-    model: nn.Module, plan="auto", *, heads=None, calibration=None, backend: str = "auto"
+    model: nn.Module,
+    plan: VisualPlan | PlanRecipe | str | Path = "auto",
+    *,
+    heads: str | Path | ArrayLike | None = None,
+    calibration: Calibration | str | Path | None = None,
+    backend: str = "auto",
 ) -> Iterator[nn.Module]:
     """`patch` for the length of a `with` block; afterwards the model is as it was, an earlier patch included."""
     before = _state(model)
@@ -162,7 +170,7 @@ class LastCall:
     text_length: int
 
 
-def inspect(model: nn.Module) -> dict | None:
+def inspect(model: nn.Module) -> dict[str, Any] | None:
     """What a patched model does; None if it is not patched.
 
     plan, backend; extra_bytes: weight copies made so far; last_call: segments and lengths of the last call in lanes;

@@ -8,9 +8,11 @@ from __future__ import annotations
 import ast
 import functools
 from operator import attrgetter
+from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import nn
 
 from ..layout.image_grids import AnyRes
@@ -26,7 +28,7 @@ _SPLICED = "_vis_sparse_spliced"
 _SETTINGS = ("attncut_w", "layercut_num", "mlpcut_ratio")
 
 
-def released_plan(model: nn.Module, heads) -> VisualPlan:
+def released_plan(model: nn.Module, heads: str | Path | ArrayLike) -> VisualPlan:
     """The plan that a released YOPO checkpoint was trained under, from its config (arXiv 2410.06169, official code).
 
     heads: its head mask, a `.npy` or `.safetensors` file or a bool array (layers, heads), True = kept; the config's

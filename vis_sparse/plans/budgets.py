@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 from safetensors.numpy import load_file
 
 from .layer_plan import HeadBudget, HeadFile, NeuronBudget, PlanError
@@ -40,7 +41,13 @@ def _checked(array) -> np.ndarray:
     return array
 
 
-def resolve_heads(plan: VisualPlan, num_heads: int, num_kv_heads: int, heads=None, calibration=None) -> VisualPlan:
+def resolve_heads(
+    plan: VisualPlan,
+    num_heads: int,
+    num_kv_heads: int,
+    heads: str | Path | ArrayLike | None = None,
+    calibration: Calibration | str | Path | None = None,
+) -> VisualPlan:
     """`plan` with every head budget and head file turned into a mask, and every neuron budget into indices.
 
     heads: None; a file for `load_heads`; a (layers, heads) array of masks, which replaces the plan's own, or of

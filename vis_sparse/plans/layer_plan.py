@@ -36,7 +36,7 @@ class Neighborhood:
     frames: int = 0
     stride: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_int("radius", self.radius, 0)
         check_int("frames", self.frames, 0)
         check_int("stride", self.stride, 1)
@@ -64,7 +64,7 @@ class HeadBudget:
     by: str = "head"
     over: str = "layer"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_keep("heads", self.keep)
         if self.by not in ("head", "group"):
             raise PlanError(f"heads.by: got {self.by!r}, expected head or group")
@@ -84,7 +84,7 @@ class NeuronBudget:
 
     keep: int | float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_keep("ffn", self.keep)
 
     def count(self, size: int) -> int:
@@ -110,7 +110,7 @@ class TokenBudget:
     keep: float
     by: str = "attention"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.keep, bool) or not isinstance(self.keep, int | float) or not 0 < self.keep <= 1:
             raise PlanError(f"tokens.keep: got {self.keep!r}, expected a share in (0, 1]")
         object.__setattr__(self, "keep", float(self.keep))
@@ -146,7 +146,7 @@ class LayerPlan:
     ffn: float | tuple[int, ...] | NeuronBudget = 1.0
     tokens: TokenBudget | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.text_reads, bool):
             raise PlanError(f"text_reads: got {self.text_reads!r}, expected true or false")
         if not isinstance(self.attention, Neighborhood) and self.attention not in ("full", "none"):

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from . import yaml_format
 from .layer_plan import HeadBudget, LayerPlan, Neighborhood, NeuronBudget, PlanError, TokenBudget, check_int
@@ -37,7 +38,7 @@ class VisualPlan:
     about: str = ""
     semantics: str = "exclude"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         if not self.layers or not all(isinstance(layer, LayerPlan) for layer in self.layers):
             raise PlanError("layers: expected one LayerPlan a decoder layer, at least one")
@@ -67,7 +68,7 @@ class VisualPlan:
     def is_dense(self) -> bool:
         return all(layer.is_dense for layer in self.layers)
 
-    def replace(self, **changes) -> VisualPlan:
+    def replace(self, **changes: Any) -> VisualPlan:
         """A copy with the given fields changed."""
         return dataclasses.replace(self, **changes)
 
@@ -104,7 +105,7 @@ class VisualPlan:
         num_layers: int,
         window: int = 5,
         layer_cut: int | None = None,
-        head_mask=None,
+        head_mask: Sequence[Sequence[bool]] | None = None,
         ffn_ratio: float = 1,
         semantics: str = "exclude",
     ) -> VisualPlan:
@@ -226,7 +227,7 @@ class PlanRecipe:
     about: str = ""
     semantics: str = "exclude"
     default: LayerPlan = LayerPlan()
-    entries: tuple[tuple[str, Mapping | LayerPlan], ...] = field(default=())
+    entries: tuple[tuple[str, Mapping[str, Any] | LayerPlan], ...] = field(default=())
     num_layers: int | None = None
 
     def resolve(self, num_layers: int | None = None) -> VisualPlan:

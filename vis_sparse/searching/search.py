@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,9 +29,13 @@ from ..cost.shape_lookup import shape_of
 from ..layout.layout import VisualLayout
 from ..plans.layer_plan import PlanError
 from ..plans.plan import VisualPlan, with_layer
+from ..plans.scores import Calibration
 from .changes import LayerChange, LayerChanges
 from .pareto import Point
 from .plan_losses import PlanLosses, TimeUp
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # Costs that are counted, of which a budget is a share; "time" is measured.
 COUNTED: dict[str, Callable[[CostReport], int]] = {
@@ -49,9 +54,30 @@ _AS_DENSE = 1e-4  # a loss at which no answer changes: nothing is exchanged to l
 _TRIES = 32  # exchanges measured in a round
 
 
-def search(model, samples: Iterable[dict], *, budget: float = 0.25, objective: str = "kl", **settings) -> VisualPlan:
-    """The best plan that costs at most `budget` of the dense model. Settings: those of `search_front`."""
-    points = search_front(model, samples, budget=budget, objective=objective, **settings)
+def search(
+    model: nn.Module,
+    samples: Iterable[dict[str, Any]],
+    *,
+    budget: float = 0.25,
+    cost: str = "visual",
+    objective: str = "kl",
+    calibration: Calibration | None = None,
+    time_limit: float | None = None,
+    batch: int = 16,
+    log: str | Path | None = None,
+) -> VisualPlan:
+    """The best plan that costs at most `budget` of the dense model. Arguments: those of `search_front`."""
+    points = search_front(
+        model,
+        samples,
+        budget=budget,
+        cost=cost,
+        objective=objective,
+        calibration=calibration,
+        time_limit=time_limit,
+        batch=batch,
+        log=log,
+    )
     return best_within(points, budget, objective).plan
 
 
@@ -61,13 +87,13 @@ def best_within(points: Iterable[Point], budget: float, objective: str = "kl") -
 
 
 def search_front(
-    model,
-    samples: Iterable[dict],
+    model: nn.Module,
+    samples: Iterable[dict[str, Any]],
     *,
     budget: float = 0.25,
     cost: str = "visual",
     objective: str = "kl",
-    calibration=None,
+    calibration: Calibration | None = None,
     time_limit: float | None = None,
     batch: int = 16,
     log: str | Path | None = None,
