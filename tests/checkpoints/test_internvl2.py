@@ -14,14 +14,10 @@ from vis_sparse.checkpoints.errors import CheckpointError
 from vis_sparse.checkpoints.internvl2 import convert_internvl2, load_internvl2
 from vis_sparse.cli.main import app
 
+from .. import goldens
 from ..patches.cases import CASES
 
-FOLDER = Path(__file__).resolve().parents[3] / "shared" / "goldens" / "internvl2"
-GOLDENS = ("internlm2-224", "internlm2-dyn-56", "internlm2-vit6b-56", "phi3-su-56")
 IMAGE_TOKEN = 250
-needs_goldens = pytest.mark.skipif(
-    not FOLDER.is_dir(), reason=f"golden data of the official code not found at {FOLDER}; it is not in the repository"
-)
 
 
 def converted(folder: Path, output: Path):
@@ -36,25 +32,32 @@ LOADERS = {
 }
 
 
-@needs_goldens
+@pytest.fixture(scope="module", params=goldens.INTERNVL2)
+def official(request, tmp_path_factory):
+    """A checkpoint as the official code saved it, its inputs and what that code said."""
+    folder = tmp_path_factory.mktemp(request.param)
+    results = goldens.write_checkpoint(request.param, folder)
+    return folder, {name: torch.from_numpy(array) for name, array in results.items()}
+
+
 @pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
 @pytest.mark.parametrize("tiles", [1, 2, 3])
-@pytest.mark.parametrize("name", GOLDENS)
 @torch.no_grad()
-def test_official_numbers(name, tiles, load, tmp_path):
-    inputs, expected = (load_file(FOLDER / name / f"{kind}.safetensors") for kind in ("inputs", "expected"))
+def test_official_numbers(official, tiles, load, tmp_path):
+    folder, numbers = official
     prefix = "" if tiles == 3 else f"tiles{tiles}."
-    ids = inputs[f"{prefix}input_ids"]
-    call = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=inputs["pixel_values"].float()[:tiles])
+    ids = numbers[f"{prefix}input_ids"]
+    pixels = numbers["pixel_values"].float()[:tiles]
+    call = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels)
     # the official RoPE remembers the longest sequence, and so does transformers': a fresh model each time
-    logits = load(FOLDER / name, tmp_path / "prefill")(**call).logits
-    torch.testing.assert_close(logits, expected[f"{prefix}logits"], rtol=0, atol=1e-4)
-    out = load(FOLDER / name, tmp_path / "generate").generate(
+    logits = load(folder, tmp_path / "prefill")(**call).logits
+    torch.testing.assert_close(logits, numbers[f"{prefix}logits"], rtol=0, atol=1e-4)
+    out = load(folder, tmp_path / "generate").generate(
         **call, max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True
     )
-    assert torch.equal(out.sequences[:, ids.shape[1] :], expected[f"{prefix}generated_ids"])
+    assert torch.equal(out.sequences[:, ids.shape[1] :], numbers[f"{prefix}generated_ids"])
     steps = torch.stack(out.logits, dim=1)
-    torch.testing.assert_close(steps, expected[f"{prefix}step_logits"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(steps, numbers[f"{prefix}step_logits"], rtol=0, atol=1e-4)
 
 
 RENAMED = {

@@ -1,10 +1,7 @@
 """Number for number against the official YOPO code: the oracle first, then the executor."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -13,21 +10,10 @@ import vis_sparse
 from vis_sparse.layout.layout import VisualLayout
 from vis_sparse.plans.plan import VisualPlan
 
-from .. import oracle
+from .. import goldens, oracle
 from ..models import from_text_config
 
-FOLDER = Path(__file__).resolve().parents[3] / "shared" / "goldens" / "yopo"
 GRID = (1, 24, 24)
-CASES = (
-    "c1_w3_L4_r2_s5",
-    "c2_w5_L3_r4_s35",
-    "c4_w47_L6_r1_s5_all",
-    "c7_w5_L4_r3_s35_gqa",
-    "c8_w5_L4_r2_s5_batch2",
-)
-pytestmark = pytest.mark.skipif(
-    not FOLDER.is_dir(), reason=f"golden data of the official code not found at {FOLDER}; it is not in the repository"
-)
 
 
 @dataclass
@@ -37,7 +23,6 @@ class Golden:
     layout: VisualLayout
     embeds: torch.Tensor
     rows: torch.Tensor
-    visual_rows: torch.Tensor
     hidden_states: torch.Tensor
     prefill: torch.Tensor
     dense: torch.Tensor
@@ -45,34 +30,31 @@ class Golden:
     decode: torch.Tensor
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=goldens.YOPO)
 def golden(request):
-    z = np.load(FOLDER / f"{request.param}.npz", allow_pickle=False)
-    setting = json.loads(str(z["config_json"]))
+    setting, random, results = goldens.load(f"yopo/{request.param}")
     config = {key: setting[key] for key in LlamaConfig().to_dict().keys() & setting.keys() - {"dtype"}}
     config = LlamaConfig(**config, rope_parameters={"rope_type": "default", "rope_theta": setting["rope_theta"]})
     # no token of the vocabulary stands for an image: the golden data has images as embeddings
     model = from_text_config(config, dtype=torch.float32, image_size=48, patch_size=2, image_token=config.vocab_size)
-    weights = {name[2:]: torch.from_numpy(z[name]) for name in z.files if name.startswith("w/")}
+    weights = {name[2:]: torch.from_numpy(tensor) for name, tensor in random.items() if name.startswith("w/")}
     head = weights.pop("lm_head.weight")
     model.lm_head.load_state_dict({"weight": head})
     model.model.language_model.load_state_dict({name.removeprefix("model."): w for name, w in weights.items()})
-    # the official decode at batch 2 forgets the masks of sample 1; `single_*` is the same, run sample by sample
-    single = "single_" if "single_decode_logits" in z.files else ""
+    names = ("logits_rows", "hidden_states", "prefill_logits", "dense_causal_prefill_logits")
     return Golden(
         model,
         VisualPlan.yopo(
             setting["num_hidden_layers"],
             setting["attncut_w"],
             setting["layercut_num"],
-            z["headmask"],
+            results["headmask"],
             setting["mlpcut_ratio"],
             semantics="zero",
         ),
         VisualLayout.from_grids([[(setting["sprompt_len"], GRID)]] * setting["batch"]),
-        *map(torch.from_numpy, (z["inputs_embeds"], z["logits_rows"], z["visual_rows_sampled"], z["hidden_states"])),
-        *map(torch.from_numpy, (z[single + "prefill_logits"], z["dense_causal_prefill_logits"])),
-        *map(torch.from_numpy, (z[single + "decode_tokens"], z[single + "decode_logits"])),
+        torch.from_numpy(random["inputs_embeds"]),
+        *(torch.from_numpy(results[name]) for name in (*names, "decode_tokens", "decode_logits")),
     )
 
 

@@ -1,6 +1,5 @@
 """The original `llava` package: its own classes, vision tower and splicing, and the official YOPO code's numbers."""
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +12,8 @@ from vis_sparse.layout.layout import VisualLayout
 from vis_sparse.plans.layer_plan import PlanError
 from vis_sparse.plans.plan import VisualPlan
 
-from .. import oracle
-from ..executor.test_goldens import CASES as GOLDENS
-from ..executor.test_goldens import FOLDER, GRID
+from .. import goldens, oracle
+from ..executor.test_goldens import GRID
 from ..models import random_plan
 from .cases import CLIP, LAYERS, TEXT
 
@@ -204,7 +202,7 @@ def golden_model(z, setting):
     config = LlavaConfig(**sizes, vocab_size=setting["vocab_size"], rms_norm_eps=setting["rms_norm_eps"])
     config.pretraining_tp = 1
     model = LlavaLlamaForCausalLM(config).eval()
-    model.load_state_dict({name[2:]: torch.from_numpy(z[name]) for name in z.files if name.startswith("w/")})
+    model.load_state_dict({name[2:]: torch.from_numpy(z[name]) for name in z if name.startswith("w/")})
     table = torch.cat([model.model.embed_tokens.weight, torch.from_numpy(text).flatten(0, 1)])
     model.model.embed_tokens = torch.nn.Embedding.from_pretrained(table)
     model.model.vision_tower, model.model.mm_projector = Features(), torch.nn.Identity()
@@ -213,22 +211,21 @@ def golden_model(z, setting):
     return model, torch.cat([before, torch.full_like(rows[:, :1], IMAGE), rows[:, before.shape[1] :]], dim=1)
 
 
-@pytest.mark.skipif(not FOLDER.is_dir(), reason=f"golden data not found at {FOLDER}; it is not in the repository")
-@pytest.mark.parametrize("case", GOLDENS)
+@pytest.mark.parametrize("case", goldens.YOPO)
 @torch.no_grad()
 def test_official_numbers(case, tmp_path):
     """A released checkpoint's config and mask file, through the package's own calls."""
-    z = np.load(FOLDER / f"{case}.npz", allow_pickle=False)
-    model, ids = golden_model(z, setting := json.loads(str(z["config_json"])))
+    setting, random, results = goldens.load(f"yopo/{case}")
+    z = random | results
+    model, ids = golden_model(z, setting)
     np.save(tmp_path / "mask.npy", z["headmask"])
     vis_sparse.patch(model, vis_sparse.released_plan(model, tmp_path / "mask.npy"))
     start = setting["sprompt_len"]
     images = torch.from_numpy(z["inputs_embeds"][:, start : start + 576]).unflatten(1, GRID[1:])
-    single = "single_" if "single_decode_logits" in z.files else ""
     out = model(ids, images=images, use_cache=True)
-    expected = torch.from_numpy(z[f"{single}prefill_logits"])
+    expected = torch.from_numpy(z["prefill_logits"])
     torch.testing.assert_close(out.logits[:, z["logits_rows"]], expected, rtol=0, atol=1e-4)
-    tokens, steps = (torch.from_numpy(z[f"{single}decode_{kind}"]) for kind in ("tokens", "logits"))
+    tokens, steps = (torch.from_numpy(z[f"decode_{kind}"]) for kind in ("tokens", "logits"))
     cache = out.past_key_values
     for step, token in enumerate(tokens.T):
         out = model(token[:, None], past_key_values=cache, use_cache=True)
