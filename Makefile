@@ -17,12 +17,14 @@ LLAVA := --no-deps llava-torch==1.2.2.post1
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test test-old lint docs figures bench results tiny clean
+.PHONY: help setup demo test test-old lint types package docs figures bench results tiny clean
 help:
 	@echo "make demo    the shipped tiny LLaVA, dense and under three plans, on held-out images: table, PNG, HTML page"
 	@echo "make test    the tests"
 	@echo "make test-old  the tests on transformers 5.17 and torch 2.11, in $(OLD)"
 	@echo "make lint    ruff"
+	@echo "make types   pyright on the public face, as a user's editor reads it, and how much of the package is typed"
+	@echo "make package  sdist and wheel into dist/, each installed in an environment of its own and tried there"
 	@echo "make docs    the documentation as a site in site/; a broken link fails"
 	@echo "make figures  the pictures of README and docs, drawn again from the plans"
 	@echo "make bench   time of a prefill and a decode step at the width of LLaVA-1.5-7B (8 layers, 6.5 GB of weights)"
@@ -53,6 +55,16 @@ test-old:
 lint: $(READY)
 	$(BIN)/ruff check .
 
+types: $(READY)
+	$(BIN)/pyright --pythonpath $(BIN)/python tests/typing
+	$(BIN)/python -m pytest -q -s tests/test_packaging.py -k 'type_checkers or fully_typed'
+
+package: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m tests.installed dist/*
+
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -69,4 +81,4 @@ tiny: $(READY)
 	$(BIN)/python -m vis_sparse.eval.tiny.train --family $(FAMILY) $(TINY)
 
 clean:
-	rm -rf $(VENV) $(OLD) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
