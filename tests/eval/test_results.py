@@ -1,5 +1,7 @@
 """`make results`: the plans that it adds and the table that it writes."""
 
+from pathlib import Path
+
 import pytest
 from datasets import Dataset
 
@@ -65,6 +67,13 @@ def test_table_has_a_line_a_plan():
     assert lines[2] == "| dense | 100% | 100% | 1 | 100.0 | 90.0 |  |"
     assert lines[3] == "| fastv-50 | 50% | 50% | 2.00 | 50.0 | 25.0 | 12.5 |"
     assert "one, 2 threads, torch 2, transformers 5, 2026-01-02" in section({"llava": ROWS})
+
+
+def test_the_page_of_results_has_the_marks():
+    page = (Path(__file__).parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
+    changed = insert(page, "new")
+    assert changed.count("new\n" + END) == 1
+    assert changed[: changed.index(START)] == page[: page.index(START)]
 
 
 def test_section_replaces_the_last_one():

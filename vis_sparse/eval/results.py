@@ -1,7 +1,7 @@
 """`make results`: all shipped plans and their peers on tasks for the shipped models, by lmms-eval.
 
 `python -m vis_sparse.eval.results --out FOLDER` runs `vis-sparse eval` for each model, resumable, and writes the
-tables into README.md between two marks, and `report.html` into FOLDER.
+tables into docs/results.md between two marks, and `report.html` into FOLDER.
 """
 
 from __future__ import annotations
@@ -129,11 +129,11 @@ def section(results: dict[str, list[dict]]) -> str:
     return "\n\n".join(parts)
 
 
-def insert(readme: str, text: str) -> str:
-    """`readme` with `text` between the marks. Raises ValueError if they are not there."""
-    if START not in readme or END not in readme:
-        raise ValueError(f"README: expected the marks {START!r} and {END!r}")
-    before, after = readme[: readme.index(START)], readme[readme.index(END) :]
+def insert(markdown: str, text: str) -> str:
+    """`markdown` with `text` between the marks. Raises ValueError if they are not there."""
+    if START not in markdown or END not in markdown:
+        raise ValueError(f"page: expected the marks {START!r} and {END!r}")
+    before, after = markdown[: markdown.index(START)], markdown[markdown.index(END) :]
     return f"{before}{START}\n{text}\n{after}"
 
 
@@ -141,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/results"), metavar="FOLDER")
     parser.add_argument("--limit", type=int, default=300, help="samples of each task")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE")
+    parser.add_argument("--page", type=Path, default=Path("docs/results.md"), metavar="FILE", help="with the marks")
     given = parser.parse_args()
     results = {family: measure(family, given.limit, given.out / family) for family in TASKS}
     rows = [row for own in results.values() for row in own]
@@ -149,7 +149,7 @@ def main() -> None:
     kinds = {"eval": rows, "bench": [], "peers": []}
     maps = [Calibration.load(checkpoint(family) / "heads.safetensors") for family in TASKS]
     (given.out / "report.html").write_text(page(kinds, maps, load_shape(checkpoint())), encoding="utf-8")
-    given.readme.write_text(insert(given.readme.read_text(encoding="utf-8"), section(results)), encoding="utf-8")
+    given.page.write_text(insert(given.page.read_text(encoding="utf-8"), section(results)), encoding="utf-8")
 
 
 if __name__ == "__main__":
