@@ -12,7 +12,7 @@ from vis_sparse.calibration import sums
 from vis_sparse.calibration.measure import calibrate
 from vis_sparse.searching.search import search_front
 
-from .calibration.test_calibration import make_samples
+from .calibration.samples import make_samples
 from .models import make_model
 
 

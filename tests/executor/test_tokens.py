@@ -18,7 +18,7 @@ from vis_sparse.plans.layer_plan import TOKEN_ORDERS, LayerPlan, Neighborhood, P
 from vis_sparse.plans.plan import VisualPlan
 
 from .. import oracle
-from ..calibration.test_calibration import make_sample
+from ..calibration.samples import make_sample
 from ..models import (
     HEADS,
     IMAGE,

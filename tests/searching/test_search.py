@@ -35,7 +35,7 @@ from vis_sparse.searching.plan_losses import PlanLosses
 from vis_sparse.searching.published import chains
 from vis_sparse.searching.search import OBJECTIVES, _exchange, _stages, best_within, meter_of, search_front
 
-from ..calibration.test_calibration import launch, make_sample, make_samples
+from ..calibration.samples import launch, make_sample, make_samples
 from ..models import IMAGE, LAYERS, make_model, random_plan
 
 DROPPED = VisualPlan((LayerPlan(), LayerPlan(attention=Neighborhood(1), ffn=0.5), LayerPlan.off()))
