@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from einops import rearrange, repeat
 from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -35,24 +36,25 @@ def visual_mass(
     is_visual, is_real (length,) bool, keys that are not real are not read. Sums in fp32 at least, `block` keys at a
     time.
     """
-    heads, rows, width = query.shape
     kv_heads, length, _ = key.shape
-    grouped = query.reshape(kv_heads, -1, width)  # query heads that share a KV head side by side
+    group, rows = len(query) // kv_heads, len(columns)
+    grouped = rearrange(query, "(kv group) row dim -> kv (group row) dim", kv=kv_heads)
     dtype = torch.promote_types(query.dtype, torch.float32)
-    last = columns.repeat(heads // kv_heads)[:, None]
+    last = repeat(columns, "row -> (group row) 1", group=group)
     top = torch.full((*grouped.shape[:2], 1), torch.finfo(dtype).min, dtype=dtype, device=query.device)
     sums = torch.zeros((*grouped.shape[:2], 2), dtype=dtype, device=query.device)
     kinds = torch.stack([is_visual, ~is_visual], 1).to(dtype)
     for start in range(0, int(columns[-1]) + 1, block):
         keys = slice(start, min(start + block, length))
-        scores = (grouped @ key[:, keys].transpose(1, 2)).to(dtype) * scale
+        scores = (grouped @ rearrange(key[:, keys], "kv key dim -> kv dim key")).to(dtype) * scale
         unread = (torch.arange(keys.start, keys.stop, device=query.device) > last) | ~is_real[keys]
         scores = scores.masked_fill(unread, -torch.inf)
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
         sums = sums * (top - new_top).exp() + (scores - new_top).exp() @ kinds[keys]
         top = new_top
-    shares = (sums / sums.sum(-1, keepdim=True)).view(heads, rows, 2)
-    return shares[..., 0], shares[..., 1]
+    shares = sums / sums.sum(-1, keepdim=True)
+    visual, others = rearrange(shares, "kv (group row) kind -> kind (kv group) row", row=rows)
+    return visual, others
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -55,7 +56,8 @@ def head_effects(target: Target, sample: dict, call: tuple[tuple, dict]) -> torc
     def attention(module, query, key, value, attention_mask, scaling, **kwargs):
         dense, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         q, k, v = (tensor.index_select(2, text) for tensor in (query, key, value))
-        alone = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True).transpose(1, 2)
+        alone = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        alone = rearrange(alone, "batch head row dim -> batch row head dim")
         without = torch.zeros_like(dense).index_copy(1, text, alone)
         return torch.lerp(without, dense, gates[module.layer_idx].to(dense.dtype)[:, None]), None
 

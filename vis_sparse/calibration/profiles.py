@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -130,12 +131,12 @@ class _Recorder:
         def stacked(values) -> torch.Tensor:
             return torch.stack(values).double().cpu()
 
-        changes = stacked(self.changes).unflatten(0, (-1, 2))
+        of_attention, of_ffn = rearrange(stacked(self.changes), "(layer part) kind -> part layer kind", part=2)
         return Profile(
             stacked(self.ratios),
             stacked(self.text_mass),
-            changes[:, 0],
-            changes[:, 1],
+            of_attention,
+            of_ffn,
             stacked(self.activations) * column_norms,
         )
 

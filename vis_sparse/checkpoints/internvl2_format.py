@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Phi3Config, Qwen2Config
 
 from .errors import CheckpointError
@@ -168,6 +169,6 @@ def translate(name: str, tensor: torch.Tensor, config: InternVLConfig) -> Iterat
 def _split_by_group(tensor: torch.Tensor, text) -> tuple[torch.Tensor, ...]:
     """Rows of InternLM2's matrix: for each KV head its query heads, its key, its value."""
     groups = text.num_attention_heads // text.num_key_value_heads
-    width = tensor.shape[0] // (text.num_key_value_heads * (groups + 2))
-    grouped = tensor.view(text.num_key_value_heads, groups + 2, width, *tensor.shape[1:])
-    return tuple(part.flatten(0, 2) for part in grouped.split([groups, 1, 1], dim=1))
+    by_kv_head = rearrange(tensor, "(kv part dim) ... -> kv part dim ...", kv=text.num_key_value_heads, part=groups + 2)
+    parts = by_kv_head.split([groups, 1, 1], dim=1)
+    return tuple(rearrange(part, "kv part dim ... -> (kv part dim) ...") for part in parts)

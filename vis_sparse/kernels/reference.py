@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange, repeat
 
 from .patterns import TextPattern, VisualPattern
 
@@ -25,7 +26,7 @@ def visual_attention(
 
     query (num_visual, heads, head_dim); key, value (batch, slots, kv_heads, head_dim). Returns the query's shape.
     """
-    flat_key, flat_value = (t.flatten(0, 1)[None] for t in (key, value))
+    flat_key, flat_value = (rearrange(t, "batch slot ... -> 1 (batch slot) ...") for t in (key, value))
     return attention(query[None], flat_key, flat_value, pattern.dense_mask.allowed, scale)[0]
 
 
@@ -35,7 +36,7 @@ def attention_mass(query: torch.Tensor, key: torch.Tensor, pattern: TextPattern,
     query (batch, Q, heads, head_dim); key (batch, S, kv_heads, head_dim). Returns (batch, Q, heads); 0 for a padding
     query that reads nothing.
     """
-    is_visual = pattern.is_visual.to(query.dtype)[:, :, None, None].expand(-1, -1, key.shape[2], 1)
+    is_visual = repeat(pattern.is_visual.to(query.dtype), "batch slot -> batch slot kv 1", kv=key.shape[2])
     allowed = None if pattern.mask is None else pattern.mask.allowed
     return attention(query, key, is_visual, allowed, scale)[..., 0]
 
@@ -43,7 +44,7 @@ def attention_mass(query: torch.Tensor, key: torch.Tensor, pattern: TextPattern,
 def attention(query, key, value, allowed: torch.Tensor | None, scale: float) -> torch.Tensor:
     """Softmax attention over the keys that `allowed` (bool, broadcastable to batch, heads, Q, S) lets through."""
     groups = query.shape[2] // key.shape[2]
-    key, value = (t.repeat_interleave(groups, dim=2) for t in (key, value))
+    key, value = (repeat(t, "batch slot kv dim -> batch slot (kv group) dim", group=groups) for t in (key, value))
     scores = torch.einsum("bqhd,bshd->bhqs", query, key) * scale
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))

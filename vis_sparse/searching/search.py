@@ -104,11 +104,11 @@ def search_front(
     samples: as `calibrate` takes them, with labels; a search fits those that it has, so take some hundreds. budget:
     share in (0, 1] of the dense model's `cost`: "visual", FLOPs of the visual lane in prefill; "prefill", FLOPs of the
     decoder; "kv", bytes of visual keys and values; "time", seconds of the decoder's prefill on this machine
-    (`layer_times.LayerTimes`); all of them for the sample of median length. objective: "kl", or "accuracy" of the labels.
-    calibration: a `Calibration` that says which heads and neurons go first; made from the samples if None. time_limit:
-    seconds after which candidates are not measured again before a step (each step still is), and nothing is tried
-    after the way down. batch: samples in one call. log: a file that holds what was measured; a search that is stopped
-    and started again with it goes on, and a search for another budget uses it.
+    (`layer_times.LayerTimes`); all of them for the sample of median length. objective: "kl", or "accuracy" of the
+    labels. calibration: a `Calibration` that says which heads and neurons go first; made from the samples if None.
+    time_limit: seconds after which candidates are not measured again before a step (each step still is), and nothing is
+    tried after the way down. batch: samples in one call. log: a file that holds what was measured; a search that is
+    stopped and started again with it goes on, and a search for another budget uses it.
 
     Raises PlanError for settings out of range, PatchError and SampleError as `calibrate` does.
     """

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from transformers import (
@@ -117,15 +118,18 @@ def _image_processor() -> GotOcr2ImageProcessor:
 def pixels(images: Sequence[Image.Image]) -> Tensor:
     """Images (RGB, one size) prepared as the processor does: (B, tiles, 3, 96, 96) fp32."""
     prepared = _image_processor()(images=list(images), return_tensors="pt")["pixel_values"]
-    return prepared.view(len(images), -1, *prepared.shape[1:])
+    return rearrange(prepared, "(batch tile) ... -> batch tile ...", batch=len(images))
 
 
 def visual_tokens(model: InternVLForConditionalGeneration, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     """Visual tokens of the tiles, and of the thumbnail if there is one, (B, tokens, 128)."""
     core = model.model
-    patches = core.vision_tower.encoder(core.vision_tower.embeddings(pixels.flatten(0, 1))).last_hidden_state[:, 1:]
-    squares = core.pixel_shuffle(patches.unflatten(1, (TILE * SHUFFLE, -1)), 1 / SHUFFLE)
-    return core.multi_modal_projector(squares.reshape(len(pixels), -1, squares.shape[-1]))
+    all_tiles = rearrange(pixels, "batch tile ... -> (batch tile) ...")
+    patches = core.vision_tower.encoder(core.vision_tower.embeddings(all_tiles)).last_hidden_state[:, 1:]
+    patches = rearrange(patches, "tile (y x) width -> tile y x width", y=TILE * SHUFFLE)
+    squares = core.pixel_shuffle(patches, 1 / SHUFFLE)
+    tokens = rearrange(squares, "(batch tile) y x width -> batch (tile y x) width", batch=len(pixels))
+    return core.multi_modal_projector(tokens)
 
 
 def places(grid: tuple[int, int]) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from transformers import (
@@ -102,7 +103,8 @@ def _positions(side: int, width: int) -> torch.Tensor:
 
 def pixels(images: Sequence[Image.Image]) -> Tensor:
     """Images (RGB, 96x96) prepared as the processor does: (B, 3, 96, 96) fp32."""
-    values = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+    values = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    values = rearrange(values, "batch y x channel -> batch channel y x")
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     return (values / 255 - mean) / std
 

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -105,7 +106,7 @@ def _image_processor() -> Qwen2VLImageProcessor:
 def pixels(images: Sequence[Image.Image]) -> Tensor:
     """Images (RGB, one size) prepared as the processor does: (B, patches, values) fp32."""
     patches = _image_processor()(images=list(images), return_tensors="pt")["pixel_values"]
-    return patches.view(len(images), -1, patches.shape[-1])
+    return rearrange(patches, "(batch patch) value -> batch patch value", batch=len(images))
 
 
 def visual_tokens(model: Qwen2VLForConditionalGeneration, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -114,11 +115,12 @@ def visual_tokens(model: Qwen2VLForConditionalGeneration, pixels: Tensor, grid: 
     hidden = F.linear(pixels, visual.patch_embed.proj.weight.flatten(1))
     turn = _patch_rotation(grid, visual.blocks[0].attn.head_dim)
     for block in visual.blocks:
-        heads = block.attn.qkv(block.norm1(hidden)).unflatten(-1, (3, block.attn.num_heads, -1))
-        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        parts = block.attn.qkv(block.norm1(hidden))
+        by_head = "batch patch (part head dim) -> part batch head patch dim"
+        query, key, value = rearrange(parts, by_head, part=3, head=block.attn.num_heads)
         query, key = _turned(query, turn), _turned(key, turn)
         weights = (query @ key.transpose(-1, -2) * block.attn.scaling).float().softmax(-1).to(value.dtype)
-        hidden = hidden + block.attn.proj((weights @ value).transpose(1, 2).flatten(2))
+        hidden = hidden + block.attn.proj(rearrange(weights @ value, "batch head patch dim -> batch patch (head dim)"))
         hidden = hidden + block.mlp(block.norm2(hidden))
     return visual.merger(hidden).view(len(pixels), grid[0] * grid[1], -1)
 

@@ -1,6 +1,7 @@
 """Where visual tokens lie in an image."""
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
@@ -11,6 +12,6 @@ def raster(grid: tuple[int, int]) -> Tensor:
 
 def tiles(grid: tuple[int, int], side: int) -> Tensor:
     """`raster` of a grid that is cut into square tiles of `side` tokens, tile by tile."""
-    rows, columns = (length // side for length in grid)
-    middles = raster(grid).view(rows, side, columns, side, 2)
-    return middles.transpose(1, 2).reshape(-1, 2)
+    row_of_tiles = grid[1] // side
+    cut = "(row y column x) middle -> (row column y x) middle"
+    return rearrange(raster(grid), cut, y=side, x=side, column=row_of_tiles)

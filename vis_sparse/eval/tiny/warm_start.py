@@ -10,6 +10,7 @@ from functools import cache
 from itertools import combinations
 
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,10 +35,10 @@ def llava_tokens(images: Sequence[Image.Image], places: Tensor, width: int) -> T
     side = model_llava.GRID
     with torch.autocast("cpu", torch.bfloat16):
         tokens = model_llava.visual_tokens(llava(), model_llava.pixels(images), (side, side)).float()
-    plane = tokens.transpose(1, 2).unflatten(2, (side, side))
+    plane = rearrange(tokens, "batch (y x) width -> batch width y x", y=side)
     at = (2 * places.flip(1) - 1).expand(len(images), 1, -1, 2)
     found = F.grid_sample(plane, at, mode="bilinear", padding_mode="border", align_corners=False)
-    return F.pad(found.squeeze(2).transpose(1, 2), (0, width - WIDTH))
+    return F.pad(rearrange(found, "batch width 1 token -> batch token width"), (0, width - WIDTH))
 
 
 @torch.no_grad()
@@ -71,20 +72,21 @@ def _ffn(old, new) -> None:
 
 def _attention(old, new) -> None:
     query, key, value = (
-        projection.weight.view(HEADS, HEAD_DIM, WIDTH) for projection in (old.q_proj, old.k_proj, old.v_proj)
+        rearrange(projection.weight, "(head dim) width -> head dim width", head=HEADS)
+        for projection in (old.q_proj, old.k_proj, old.v_proj)
     )
-    output = old.o_proj.weight.view(WIDTH, HEADS, HEAD_DIM).permute(1, 2, 0)
+    output = rearrange(old.o_proj.weight, "width (head dim) -> head dim width", head=HEADS)
     queries, outputs = torch.empty_like(query), torch.empty_like(output)
     keys, values = torch.empty(2, HEADS // 2, HEAD_DIM, WIDTH)
     for kv, pair in enumerate(_pairs(query, key)):
         both = slice(2 * kv, 2 * kv + 2)
         queries[both], keys[kv] = _shared_key(query[pair], key[pair])
         outputs[both], values[kv] = _shared(output[pair], value[pair])
-    new.q_proj.weight[:, :WIDTH] = queries.flatten(0, 1)
-    new.k_proj.weight[:, :WIDTH] = keys.flatten(0, 1)
-    new.v_proj.weight[:, :WIDTH] = values.flatten(0, 1)
+    new.q_proj.weight[:, :WIDTH] = rearrange(queries, "head dim width -> (head dim) width")
+    new.k_proj.weight[:, :WIDTH] = rearrange(keys, "head dim width -> (head dim) width")
+    new.v_proj.weight[:, :WIDTH] = rearrange(values, "head dim width -> (head dim) width")
     new.o_proj.weight[:] = 0
-    new.o_proj.weight[:WIDTH] = outputs.flatten(0, 1).T
+    new.o_proj.weight[:WIDTH] = rearrange(outputs, "head dim width -> width (head dim)")
 
 
 def _shared(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
