@@ -10,8 +10,12 @@ from pathlib import Path
 
 @contextmanager
 def replaced(path: str | Path) -> Iterator[Path]:
-    """A path to write to; at the end of the block it becomes `path`, at once: an interruption leaves the old file."""
+    """A path to write to; at the end of the block it becomes `path`, at once: an interruption leaves the old file.
+
+    Folders on the way there are made: what took an hour to measure is not lost for the lack of one.
+    """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
     yield new
     os.replace(new, path)
