@@ -22,12 +22,7 @@ def random_model(shape: ModelShape, dtype: torch.dtype, device: torch.device) ->
     The text model is transformers' Llama, or Qwen2 where the shape has biases on Q, K and V.
     """
     text = (Qwen2Config if shape.qkv_bias else LlamaConfig)(
-        vocab_size=VOCABULARY,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
+        **decoder_sizes(shape),
         head_dim=shape.head_dim,
         max_position_embeddings=1 << 20,
         pad_token_id=0,
@@ -41,6 +36,18 @@ def random_model(shape: ModelShape, dtype: torch.dtype, device: torch.device) ->
         model = LlavaForConditionalGeneration._from_config(config, dtype=dtype).eval()
     fill_randomly(model, torch.Generator(device).manual_seed(0))
     return model
+
+
+def decoder_sizes(shape: ModelShape) -> dict[str, int]:
+    """The sizes of a decoder of `shape` by their names in transformers' text configs; `VOCABULARY` words."""
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.ffn,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+    }
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import vis_sparse
 
 from ..cost.shapes import ModelShape
 from ..plans.plan import VisualPlan
-from .bench_model import VOCABULARY, fill_randomly
+from .bench_model import decoder_sizes, fill_randomly
 from .memory import PeakBytes
 from .timing import in_turns, machine_facts, paired_ratio, timed
 
@@ -36,12 +36,7 @@ def qwen2_5_vl(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Q
     eighth = shape.head_dim // 8
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=VOCABULARY,
-            hidden_size=shape.hidden,
-            intermediate_size=shape.ffn,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
+            **decoder_sizes(shape),
             rope_parameters={
                 "rope_type": "default",
                 "rope_theta": 1e6,

@@ -114,35 +114,29 @@ def _heads(value, where: str):
         _known(value, ("keep", "by", "over", "file"), f"{where}: heads")
         if ("keep" in value) == ("file" in value) or "file" in value and len(value) > 1:
             raise PlanError(f"{where}: heads: got {value!r}, expected either keep or file")
-        try:
-            return HeadBudget(**value) if "keep" in value else HeadFile(str(value["file"]))
-        except PlanError as error:
-            raise PlanError(f"{where}: {error}") from None
+        return HeadFile(str(value["file"])) if "file" in value else _budget(HeadBudget, value, where, "heads")
     return tuple(value) if isinstance(value, list) else value
 
 
 def _ffn(value, where: str):
     if isinstance(value, dict):
-        _known(value, ("keep",), f"{where}: ffn")
-        if "keep" not in value:
-            raise PlanError(f"{where}: ffn: keep is missing")
-        try:
-            return NeuronBudget(value["keep"])
-        except PlanError as error:
-            raise PlanError(f"{where}: {error}") from None
+        return _budget(NeuronBudget, value, where, "ffn")
     return tuple(value) if isinstance(value, list) else value
 
 
 def _tokens(value, where: str):
     if value is None or value == "all":
         return None
-    if not isinstance(value, dict):
-        return value
-    _known(value, ("keep", "by"), f"{where}: tokens")
+    return _budget(TokenBudget, value, where, "tokens") if isinstance(value, dict) else value
+
+
+def _budget(kind: type, value: dict, where: str, field: str):
+    """A budget of a class whose fields are the keys; `keep` has no default."""
+    _known(value, tuple(f.name for f in dataclasses.fields(kind)), f"{where}: {field}")
     if "keep" not in value:
-        raise PlanError(f"{where}: tokens: keep is missing")
+        raise PlanError(f"{where}: {field}: keep is missing")
     try:
-        return TokenBudget(**value)
+        return kind(**value)
     except PlanError as error:
         raise PlanError(f"{where}: {error}") from None
 

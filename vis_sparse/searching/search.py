@@ -19,7 +19,7 @@ from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from .plan_losses import PlanLosses, TimeUp
 
 if TYPE_CHECKING:
     from torch import nn
+    from typing_extensions import Unpack
 
 # Costs that are counted, of which a budget is a share; "time" is measured.
 COUNTED: dict[str, Callable[[CostReport], int]] = {
@@ -54,30 +55,26 @@ _AS_DENSE = 1e-4  # a loss at which no answer changes: nothing is exchanged to l
 _TRIES = 32  # exchanges measured in a round
 
 
+class Settings(TypedDict, total=False):
+    """Settings of a search beside its budget and objective, for type checkers; `search_front` has their defaults."""
+
+    cost: str
+    calibration: Calibration | None
+    time_limit: float | None
+    batch: int
+    log: str | Path | None
+
+
 def search(
     model: nn.Module,
     samples: Iterable[dict[str, Any]],
     *,
     budget: float = 0.25,
-    cost: str = "visual",
     objective: str = "kl",
-    calibration: Calibration | None = None,
-    time_limit: float | None = None,
-    batch: int = 16,
-    log: str | Path | None = None,
+    **settings: Unpack[Settings],
 ) -> VisualPlan:
-    """The best plan that costs at most `budget` of the dense model. Arguments: those of `search_front`."""
-    points = search_front(
-        model,
-        samples,
-        budget=budget,
-        cost=cost,
-        objective=objective,
-        calibration=calibration,
-        time_limit=time_limit,
-        batch=batch,
-        log=log,
-    )
+    """The best plan that costs at most `budget` of the dense model. Settings: those of `search_front`."""
+    points = search_front(model, samples, budget=budget, objective=objective, **settings)
     return best_within(points, budget, objective).plan
 
 
