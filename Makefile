@@ -17,10 +17,11 @@ LLAVA := --no-deps llava-torch==1.2.2.post1
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test test-old lint types package docs figures bench results tiny clean
+.PHONY: help setup demo test test-fast test-old lint types package docs figures bench results tiny clean
 help:
 	@echo "make demo    the shipped tiny LLaVA, dense and under three plans, on held-out images: table, PNG, HTML page"
 	@echo "make test    the tests"
+	@echo "make test-fast  the tests without the slow cases, for every change"
 	@echo "make test-old  the tests on transformers 5.17 and torch 2.11, in $(OLD)"
 	@echo "make lint    ruff"
 	@echo "make types   pyright on the public face, as a user's editor reads it, and how much of the package is typed"
@@ -44,6 +45,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST)
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -m "not slow" -n 2 -q
 
 # torch 2.11 brings triton 3.6, whose interpreter fails on numpy 2.4
 test-old:

@@ -54,6 +54,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, monkeypatch, ki
         np.testing.assert_array_equal(getattr(resumed, name), getattr(whole, name))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_file(tmp_path):
     assert launch("calibrate", tmp_path / "a.safetensors", 3).returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors.partial"]
@@ -63,6 +64,7 @@ def test_a_killed_run_goes_on_to_the_same_file(tmp_path):
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(tmp_path):
     accelerate = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0", "-m")
     shared = launch("calibrate", tmp_path / "a.safetensors", launcher=accelerate)

@@ -84,6 +84,7 @@ def test_measurement_leaves_the_model_unpatched_and_its_weights_alone(shape):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_compiled_variants_have_the_same_sizes_and_run_one_after_the_other(shape):
     model = random_model(shape, torch.float32, CPU)
     layout = image_layout(shape, 1, 8, None)

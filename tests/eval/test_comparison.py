@@ -151,8 +151,10 @@ def test_answers_are_those_of_greedy_generate(monkeypatch):
     assert not given[plans[1].layers].right["place"].all()
 
 
-@pytest.mark.parametrize("family", NAMES)
-def test_calibrated_heads_and_neurons_are_better_than_others(family):
+@pytest.mark.parametrize(
+    "family, number", [("llava", 8), *(pytest.param(name, 30, marks=pytest.mark.slow) for name in NAMES)]
+)
+def test_calibrated_heads_and_neurons_are_better_than_others(family, number):
     """By the shipped scores, on held-out questions. A quarter of the heads: KL below that of every random mask, and at
     least 10 points more than the worst quarter on place and count. Neurons: KL below that of as many first ones."""
     model = AutoModelForImageTextToText.from_pretrained(checkpoint(family), dtype=torch.float32).eval()
@@ -160,7 +162,7 @@ def test_calibrated_heads_and_neurons_are_better_than_others(family):
     field, calibration = Field(), Calibration.load(checkpoint(family) / "heads.safetensors")
     add_heads(field, calibration)
     add_neurons(field, calibration)
-    given = answers(Target.of(model), processor, field.plans.values(), 30, lambda done, total: None)
+    given = answers(Target.of(model), processor, field.plans.values(), number, lambda done, total: None)
     ours = given[field.plans["heads: calibrated"].layers]
     for rival in field.rivals["heads: calibrated"]:
         assert ours.kl < given[field.plans[rival].layers].kl / 1.5, rival

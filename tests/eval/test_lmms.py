@@ -93,6 +93,7 @@ def _right(plan):
     return given, [float(words == question.answer) for words, question in zip(given, asked)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["dense", "yopo-12"])
 def test_lmms_eval_scores_as_the_own_scorer(runs, plan):
     results, samples = runs[0][plan]
@@ -118,6 +119,7 @@ def _counted(plan):
     return data["plans"][0], data["dense"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["dense", "yopo-12"])
 def test_costs_are_those_of_vis_sparse_flops(runs, plan):
     (results, samples), table = runs[0][plan], runs[1]
@@ -137,6 +139,7 @@ def test_costs_are_those_of_vis_sparse_flops(runs, plan):
     assert all(column in table for column in ("gflops", "kv_mib", "latency_ms", "speedup"))
 
 
+@pytest.mark.slow
 def test_paired_samples_have_both_times(runs):
     results, samples = runs[0]["yopo-12"]
     paired = [sample for sample in samples.values() if "seconds_dense" in sample["token_counts"][0]]
@@ -146,6 +149,7 @@ def test_paired_samples_have_both_times(runs):
     assert not any("seconds_dense" in sample["token_counts"][0] for sample in runs[0]["dense"][1].values())
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_scores_of_one(runs, environment, tmp_path):
     arguments = ["--model", "vis_sparse", "--model_args", f"{MODEL},plan=yopo-12", "--tasks", "digit_grid_count"]
     arguments += ["--include_path", str(folder()), "--limit", str(LIMIT), "--device", "cpu", "--verbosity", "DEBUG"]
@@ -168,6 +172,7 @@ def _eval(out, *arguments):
     return json.loads(done.stdout), done.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(environment, here, tmp_path):
     arguments = ["--plan", "dense,yopo-12", "--tasks", "digit_grid_exists", "--limit", "3"]
     command = [str(Path(sys.executable).parent / "vis-sparse"), "eval", "--out", str(tmp_path), "--timed", "0"]

@@ -31,6 +31,7 @@ def absent(monkeypatch, *names):
         monkeypatch.setitem(sys.modules, name, None)
 
 
+@pytest.mark.slow
 def test_rows_that_run_and_rows_that_say_why(shape, monkeypatch):
     absent(monkeypatch, "sparsevlm", "natten")
     plan = VisualPlan((LayerPlan(attention=Neighborhood(1), ffn=0.5),) * 2)

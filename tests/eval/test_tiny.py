@@ -20,6 +20,8 @@ from vis_sparse.eval.tiny.score import answers, prepared, score
 from vis_sparse.eval.tiny.words import UNK
 from vis_sparse.patches import read_layout
 
+from ..marks import slow_but
+
 # Well below what the logs of the shipped checkpoints say, and far above a model that sees nothing.
 FLOORS = {
     "llava": {"easy_vqa": 0.97, "place": 0.96, "count": 0.90, "exists": 0.96},
@@ -54,6 +56,7 @@ PUBLISHED = {
 }
 PROCESSORS = {"llava": LlavaProcessor, "qwen2_vl": Qwen2VLProcessor, "internvl": InternVLProcessor}
 TOKENS = {"llava": [144] * 5, "qwen2_vl": [100, 126, 150, 168, 100], "internvl": [36, 108, 108, 180, 36]}
+one_fast_family = pytest.mark.parametrize("family", slow_but(["llava"], NAMES), indirect=True)
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -213,7 +216,7 @@ def test_block_attention_is_masked_attention(family):
     torch.testing.assert_close(alike, masked, rtol=1e-5, atol=1e-4)  # logits of up to 20
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "internvl"])
+@pytest.mark.parametrize("name", slow_but(["internvl"], ["qwen2_vl", "internvl"]))
 def test_other_families_start_with_the_language_of_the_llava(name):
     """The LLaVA's own visual tokens before the new model's decoder: most answers are right before any training."""
     llava, other = FAMILIES["llava"], FAMILIES[name]
@@ -230,6 +233,7 @@ def test_other_families_start_with_the_language_of_the_llava(name):
     assert right.float().mean() > 0.75
 
 
+@one_fast_family
 def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path, family, monkeypatch):
     stages = tuple(replace(stage, images=(1, 1)) for stage in train.RECIPES[family.NAME])
     monkeypatch.setitem(train.RECIPES, family.NAME, stages)
@@ -257,6 +261,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path, family, monkeypat
     assert [record["done"] for record in logged if "done" in record] == [1, 2, 3]
 
 
+@one_fast_family
 def test_blocks_say_what_generate_says(family, processor, model):
     asked = [question for kind in KINDS for question in questions(kind, 8, sizes=family.SIZES)]
     together = score(model, processor, asked, batch_size=16)
@@ -282,7 +287,8 @@ def test_answers_are_words(family, processor, model):
     assert answers(model, processor, [question])[0] in {"yes", "no"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(["place"], KINDS))
+@one_fast_family
 def test_accuracy(family, processor, model, kind):
     batches, asked = [], questions(kind, 200, sizes=family.SIZES)
     accuracy = score(model, processor, asked, batch_size=50, on_batch=lambda *at: batches.append(at))

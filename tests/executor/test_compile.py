@@ -7,6 +7,7 @@ import vis_sparse
 from vis_sparse.plans.layer_plan import LayerPlan, Neighborhood
 from vis_sparse.plans.plan import VisualPlan
 
+from ..marks import slow_but
 from ..models import HEADS, IMAGE, deep_model, make_batch
 
 LAYERS = 3
@@ -25,7 +26,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", slow_but(["sparse"], PLANS))
 @torch.no_grad()
 def test_lanes_trace_in_one_graph(plan):
     model = vis_sparse.patch(deep_model(LAYERS, torch.float32), PLANS[plan])
@@ -41,6 +42,7 @@ def test_lanes_trace_in_one_graph(plan):
     torch.testing.assert_close(text_model.norm(run(embeds, cos, sin, call)), expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_model_under_which_tokens_leave():
     """Its layers run uncompiled: their rows depend on values."""

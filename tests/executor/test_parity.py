@@ -13,6 +13,7 @@ from vis_sparse.plans.layer_plan import PlanError
 from vis_sparse.plans.plan import VisualPlan
 
 from .. import oracle
+from ..marks import slow_but
 from ..models import (
     HEADS,
     IMAGE,
@@ -71,6 +72,7 @@ SCENARIOS = {
 every_scenario = pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_text = pytest.mark.parametrize("text", TEXT_MODELS)
+one_fast_text = pytest.mark.parametrize("text", slow_but(["llama-gqa"], TEXT_MODELS))
 every_semantics = pytest.mark.parametrize("semantics", SEMANTICS)
 
 
@@ -89,7 +91,7 @@ def check(actual, expected, rows, relative=None, absolute=None):
 
 @every_backend
 @every_scenario
-@every_text
+@one_fast_text
 @torch.no_grad()
 def test_dense_plan_is_the_unpatched_model(text, scenario, backend):
     reference = unpatched(text, torch.float32)
@@ -105,7 +107,7 @@ def test_dense_plan_is_the_unpatched_model(text, scenario, backend):
 @every_backend
 @every_semantics
 @every_scenario
-@every_text
+@one_fast_text
 @torch.no_grad()
 def test_random_plan_is_the_oracle(text, scenario, semantics, backend):
     reference = unpatched(text)

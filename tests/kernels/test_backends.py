@@ -54,8 +54,14 @@ def test_auto_with_a_gpu_keeps_other_tensors_on_torch(monkeypatch):
 
 
 @pytest.mark.parametrize("thinned", [False, True], ids=["whole", "thinned"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", [tiled, flex], ids=["torch", "flex"])
+@pytest.mark.parametrize(
+    "backend, layout",
+    [pytest.param(tiled, layout, id=f"torch-{layout}") for layout in LAYOUTS]
+    + [
+        pytest.param(flex, layout, id=f"flex-{layout}", marks=() if layout == "frames" else pytest.mark.slow)
+        for layout in LAYOUTS
+    ],
+)
 def test_backends_are_the_reference(backend, layout, thinned):
     """Forward and gradients; of FlexAttention, which has none on a CPU, the eager forward."""
     exact = {"gradients": False} if backend is flex else {}
@@ -70,6 +76,7 @@ def test_backends_are_the_reference(backend, layout, thinned):
         assert max(found.values()) <= 1e-5, (blind, found)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_flex_compiles():
     pattern = visual_pattern("ragged", PATTERNS["near"])

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from ..marks import slow_but
+
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("triton", reason="the triton backend needs the triton package")
 
+FAST = "1x1 or test_decode and none-1"  # again below
 TESTS = (
+    FAST,
     "test_visual",
     "test_text",
     "test_decode",
@@ -19,7 +23,7 @@ TESTS = (
 )
 
 
-@pytest.mark.parametrize("chosen", TESTS)
+@pytest.mark.parametrize("chosen", slow_but([FAST], TESTS))
 def test_interpreted(chosen):
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [
@@ -42,8 +46,9 @@ def kernels():
 
     for target in TARGETS:
         for head_dim in (64, 128):
+            marks = () if (target, head_dim) == ("sm_90", 128) else pytest.mark.slow
             for kernel in shipped(head_dim, target):
-                yield pytest.param(kernel, target, id=f"{target}-{head_dim}-{kernel.name}")
+                yield pytest.param(kernel, target, id=f"{target}-{head_dim}-{kernel.name}", marks=marks)
 
 
 @pytest.mark.parametrize("kernel, target", list(kernels()))

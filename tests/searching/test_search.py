@@ -238,6 +238,7 @@ def test_nothing_is_tried_when_the_time_is_up(model, samples, tmp_path):
     assert list(search_front(model, samples[:2], budget=0.5, time_limit=1e-9, log=log))[-1] == whole[-1]
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_to_the_same_points(tmp_path):
     assert launch("search", tmp_path / "a", 4).returncode == -signal.SIGKILL
     before = (tmp_path / "a.log").read_text()
