@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 import typer
 from rich.console import Console
@@ -33,7 +32,9 @@ OPTIONAL = {
 
 
 def installed(package: str) -> str | None:
-    """The version of a package, None if it is not there. Nothing is imported."""
+    """The version of a package, None if it is not there. The package is not imported."""
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:
