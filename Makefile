@@ -69,6 +69,7 @@ package: $(READY)
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python -m tests.installed dist/*
 
+# the variable: the theme's remark on a future mkdocs is not about these pages
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
