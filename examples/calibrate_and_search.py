@@ -37,7 +37,7 @@ calibration = vis_sparse.calibrate(model, samples, out=folder / "calibration.saf
 mattering = (calibration.heads > 0.02).sum(axis=1)
 print("heads with an effect above 0.02, by layer:", *mattering)
 
-searched = vis_sparse.search(model, samples[:16], budget=BUDGET, calibration=calibration, time_limit=5)
+searched = vis_sparse.search(model, samples[:8], budget=BUDGET, calibration=calibration, time_limit=5)
 (folder / "plan.yaml").write_text(searched.to_yaml())
 print("written:", folder / "calibration.safetensors", folder / "plan.yaml")
 
