@@ -19,6 +19,7 @@ from vis_sparse.plans.plan import VisualPlan
 
 from .. import oracle
 from ..calibration.samples import make_sample
+from ..marks import slow_but
 from ..models import (
     HEADS,
     IMAGE,
@@ -34,7 +35,7 @@ from ..models import (
 )
 from .test_cache import select
 from .test_dispatch import Counted, call_of
-from .test_parity import SCENARIOS, check, every_backend, every_text, unpatched
+from .test_parity import SCENARIOS, check, every_backend, every_text, one_fast_text, unpatched
 
 NEAR = Neighborhood(1, "both")
 SAMPLES = ((5, IMAGE, 4), (2, IMAGE, 3, IMAGE, 2), (7,))
@@ -115,7 +116,7 @@ def held(text, plan, scenario, backend, dtype=torch.float64, **bound):
 
 
 @every_backend
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", slow_but(["left", "ragged", "chunks"], SCENARIOS))
 @pytest.mark.parametrize("plan", PLANS)
 @torch.no_grad()
 def test_plans_are_the_oracle(plan, scenario, backend):
@@ -124,7 +125,7 @@ def test_plans_are_the_oracle(plan, scenario, backend):
 
 @every_backend
 @pytest.mark.parametrize("scenario", SCENARIOS)
-@every_text
+@one_fast_text
 @torch.no_grad()
 def test_random_plan_is_the_oracle(text, scenario, backend):
     held(
