@@ -14,6 +14,7 @@ from vis_sparse.plans.budgets import resolve_heads
 from vis_sparse.plans.layer_plan import LayerPlan, Neighborhood, TokenBudget
 from vis_sparse.plans.plan import VisualPlan
 
+from ..marks import slow_but
 from ..models import HEADS, IMAGE, extended, make_batch, make_model
 
 HALF = (True, False) * (HEADS // 2)
@@ -29,7 +30,7 @@ BOTH = {
     "neurons": LayerPlan(attention=NEAR, ffn=tuple(range(1, 20))),
 }
 BATCHES = {"one": ((5, IMAGE, 4),), "padded": ((5, IMAGE, 4), (2, IMAGE, 3), (7,))}
-every_text = pytest.mark.parametrize("text", ["llama", "llama-gqa"])
+every_text = pytest.mark.parametrize("text", slow_but(["llama-gqa"], ["llama", "llama-gqa"]))
 every_batch = pytest.mark.parametrize("samples", BATCHES.values(), ids=BATCHES)
 
 
