@@ -13,6 +13,7 @@ from rich.console import Console
 from ..calibration.measure import calibrate
 from ..eval.data import TASKS, TINY, records
 from ..eval.progress import progress
+from ..eval.tiny import SHIPPED, folder_of
 from ..plans.scores import Calibration
 from .heatmap import draw_heads
 from .options import JsonOption, emit
@@ -25,7 +26,15 @@ DataOption = Annotated[
         f"{TASKS}TASK for a task of lmms-eval, or {' or '.join(TINY)}: training images of a shipped tiny model.",
     ),
 ]
-CheckpointOption = Annotated[str, typer.Option("--model", metavar="M", help="A transformers checkpoint or its name.")]
+CheckpointOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        metavar="M",
+        help=f"A transformers checkpoint or its name; {', '.join(SHIPPED)}: shipped.",
+        callback=folder_of,
+    ),
+]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Samples to use.")]
 PromptOption = Annotated[str | None, typer.Option(help="The question to every image of a folder.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]

@@ -9,10 +9,8 @@ from typing import Annotated
 
 import typer
 
-from ..eval.tiny import NAMES, checkpoint
+from ..eval.tiny import SHIPPED, checkpoint
 from .options import JsonOption, emit
-
-SHIPPED = {f"tiny/{name}": name for name in NAMES}
 
 
 def eval_command(

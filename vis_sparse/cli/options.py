@@ -12,9 +12,17 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from ..eval.tiny import folder_of
+
 JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - = stdout.")]
 ModelOption = Annotated[
-    str, typer.Option("--model", metavar="NAME", help="A shipped model shape, or a folder with a config.json.")
+    str,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help="A shipped model shape or small model (tiny/llava, ...), or a folder with a config.json.",
+        callback=folder_of,
+    ),
 ]
 CalibrationOption = Annotated[
     Path | None,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import JsonOption, emit
+from .options import JsonOption, ModelOption, emit
 
 # what an object of a kind is known by
 MARKS = {"eval": ("task", "plan", "metric"), "peers": ("peer",), "bench": ("plan", "flop_ratio")}
@@ -46,9 +46,7 @@ def report_command(
     calibration: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="From vis-sparse calibrate: heat maps. May be repeated.")
     ] = None,
-    model: Annotated[
-        str, typer.Option(metavar="NAME", help="Shape or folder that plans are drawn for.")
-    ] = "llava-1.5-7b",
+    model: ModelOption = "llava-1.5-7b",
     json_file: JsonOption = None,
 ) -> None:
     """One HTML page from measured results: tables, accuracy over FLOPs, head heat maps, plans layer by layer."""
