@@ -229,6 +229,14 @@ def test_a_wrong_command_is_found(command):
         check(command)
 
 
+@pytest.mark.parametrize(
+    "command", ["vis-sparse plan show no-such-plan", "printf x > no/such/folder", "unknown --help"]
+)
+def test_a_command_that_fails_is_found(command, checkout):
+    with pytest.raises(AssertionError):
+        run_command(command)
+
+
 @pytest.mark.parametrize("text", ["from vis_sparse.plans import nothing", "import vis_sparse\nvis_sparse.nothing()"])
 def test_a_wrong_name_is_found(text):
     with pytest.raises((AssertionError, ImportError)):
