@@ -68,6 +68,9 @@ def test_ratios_and_bytes_are_those_of_the_plan(results):
     for row in (auto, yopo):
         saved = row["kv_visual_bytes_dense"] - row["kv_visual_bytes"]
         assert row["kv_bytes_dense"] - row["kv_bytes"] == saved
+        strip = row["strip"]
+        assert strip["share"] == row["flops_visual"] / row["flops_visual_dense"] and strip["text_tokens"] == 10
+        assert len(strip["shares"]) == len(strip["reads"]) == 4
 
 
 def test_measurement_leaves_the_model_unpatched_and_its_weights_alone(shape):

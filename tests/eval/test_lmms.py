@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import vis_sparse
 from vis_sparse.cli.main import app
+from vis_sparse.cost.flops import flops
 from vis_sparse.eval.tasks import folder
 from vis_sparse.eval.tiny import checkpoint
 from vis_sparse.eval.tiny.data import grid_scene, questions
@@ -204,6 +205,25 @@ def _same(out):
         for plan in ("dense", "yopo-12")
     ]
     return [json.loads(a)["filtered_resps"] == json.loads(b)["filtered_resps"] for a, b in zip(*lines)]
+
+
+def test_a_plan_of_a_file_is_told_by_its_name_and_drawn(here, tmp_path):
+    found = vis_sparse.load_plan("vtw").resolve(8).replace(name="searched", about="Found.")
+    (tmp_path / "a.yaml").write_text(found.to_yaml())
+    plans = ("--plan", f"dense,{tmp_path / 'a.yaml'}", "--tasks", "digit_grid_exists", "--limit", "1")
+    rows, told = _eval(tmp_path, *plans)
+    assert [row["plan"] for row in rows] == ["dense", "searched"] and "Creating parquet" not in told
+    assert rows == _eval(tmp_path, *plans)[0], "read from their files"
+    dense, strip = (row["strip"] for row in rows)
+    assert dense["shares"] == [1] * 8 and dense["share"] == 1 and all(dense["reads"])
+    assert strip["about"] == "Found." and strip["reads"] == [layer.text_reads for layer in found.layers]
+    prompt = {name: strip[name] for name in ("text_tokens", "visual_tokens")}
+    counted = flops(checkpoint(), found, text_tokens=prompt["text_tokens"], text_before=2)
+    whole = flops(checkpoint(), "dense", text_tokens=prompt["text_tokens"], text_before=2)
+    assert prompt["visual_tokens"] == counted.visual_tokens == 144
+    layers = zip(counted.prefill.layers, whole.prefill.layers)
+    assert strip["shares"] == [layer.visual.total / every.visual.total for layer, every in layers]
+    assert strip["share"] == counted.prefill.lane("visual") / whole.prefill.lane("visual")
 
 
 def test_groups_and_conversations(here, tmp_path):

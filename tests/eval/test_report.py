@@ -19,11 +19,18 @@ FACTS = {
 }
 
 
+def left(shares, **changes):
+    """What a plan leaves of a prompt, layer by layer."""
+    strip = {"about": "", "visual_tokens": 144, "text_tokens": 11, "share": sum(shares) / len(shares), "shares": shares}
+    return strip | {"reads": [True] * len(shares)} | changes
+
+
 def eval_row(task, plan, value, gflops, **changes):
     row = {
         "model": "a & b", "task": task, "plan": plan, "metric": "exact_match", "value": value, "stderr": 0.01,
         "higher_is_better": True, "samples": 10, "same_as_dense": 0.5, "failed": {}, "gflops": gflops,
-        "gflops_dense": 4.0, "kv_mib": 1.0, "kv_mib_dense": 2.0, "latency_ms": 7.0, "speedup": 1.25, **FACTS,
+        "gflops_dense": 4.0, "kv_mib": 1.0, "kv_mib_dense": 2.0, "latency_ms": 7.0, "speedup": 1.25,
+        "strip": left([1.0, 0.5]), **FACTS,
     }  # fmt: skip
     return row | changes
 
@@ -33,7 +40,7 @@ BENCH = {
     "visual_tokens": 576, "text_tokens": 64, "dense_s": 4.0, "dense_plan_s": 3.0, "patched_s": 1.0,
     "spread": {"dense_s": [3.9, 4.2], "patched_s": [0.9, 1.1]}, "speedup": 4.0, "flop_ratio": 4.24,
     "efficiency": 0.943, "efficiency_vs_dense_plan": 0.707, "kv_bytes": 2**20, "kv_bytes_dense": 3 * 2**20,
-    "peak_bytes": 5 * 2**20, "peak_bytes_dense": 9 * 2**20, **FACTS,
+    "peak_bytes": 5 * 2**20, "peak_bytes_dense": 9 * 2**20, "strip": left([0.25] * 8), **FACTS,
 }  # fmt: skip
 PEERS = [
     {"peer": "unpatched", "s": 2.0, "spread": [1.9, 2.2], "speedup": 1.0, "peak_bytes": 2**21},
@@ -74,7 +81,27 @@ def test_page_has_every_row(command, tmp_path):
     for picture in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         ET.fromstring(picture)
     assert page.count('class="strip"') == 3, "plans of the rows: dense, vtw, yopo-12"
+    assert "a & b: what the plans compute in its 2 layers" in text
+    assert "llava-1.5-7b: what the plans compute in its 8 layers" in text
     assert page.count('class="chart"') == 1
+
+
+def test_every_evaluated_plan_is_drawn_once(command, tmp_path):
+    own = {"strip": left([0.5, 0.0], about="Found by search.", reads=[True, False])}
+    rows = [eval_row(task, plan, 0.9, 4.0, **row) for task in "tu" for plan, row in (("dense", {}), ("searched", own))]
+    other = eval_row("t", "searched", 0.9, 4.0, strip=left([0.125, 0.125], about="Found again."))
+    before = eval_row("t", "vtw", 0.9, 4.0)
+    del before["strip"]
+    done = command(write(tmp_path, "e.json", [*rows, other, before]), "--out", tmp_path / "r.html")
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "r.html").read_text()
+    named = re.findall(r"<dt>(.*?)</dt>.*?layer: ([^\"]*)\".*?<span>(.*?)</span>", page)
+    prompt = "of the visual FLOPs of 144 visual and 11 text tokens."
+    assert named == [
+        ("dense", "100%, 50%", f"75.0% {prompt} "),
+        ("searched", "50%, 0%", f"25.0% {prompt} Found by search."),
+        ("searched", "12%, 12%", f"12.5% {prompt} Found again."),
+    ]
 
 
 def test_files_that_hold_no_results_are_refused(command, tmp_path):
@@ -107,6 +134,12 @@ def test_scatter_places_points_by_value():
     assert at["a"][1] == at["b"][1] < at["c"][1]
     heights = [float(label.get("y")) for label in picture.findall("text")[-3:]]
     assert len(set(heights)) >= 2
+
+
+def test_no_score_above_the_highest_is_on_the_axis():
+    picture = ET.fromstring(scatter([("a", 100, 1.0, 0), ("b", 50, 1.0, 0)], ["a"], "x", "y"))
+    up = [float(label.text) for label in picture.findall("text[@class='tick end']")]
+    assert len(up) >= 2 and max(up) == 1.0
 
 
 def test_equal_values_make_a_picture():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vis_sparse.plans.budgets import resolve_heads
-from vis_sparse.plans.files import as_plan, load_plan, plan_names
+from vis_sparse.plans.files import as_plan, load_plan, plan_names, shown_names
 from vis_sparse.plans.layer_plan import HeadBudget, HeadFile, LayerPlan, Neighborhood, PlanError, TokenBudget
 from vis_sparse.plans.layer_range import layer_range
 from vis_sparse.plans.plan import PlanRecipe, VisualPlan, mask_plan, read_recipe
@@ -342,6 +342,20 @@ def test_every_shipped_plan_fits_every_depth_and_says_what_it_is(name):
     assert len(recipe.about) > 30
     for depth in (3, 8, 27, 28, 80):
         assert as_plan(name, depth).num_layers == depth
+
+
+def test_files_are_shown_by_the_names_of_their_plans(tmp_path):
+    names = {"a": "found", "b": "found", "c": "other", "d": "auto"}
+    files = {stem: str(tmp_path / f"{stem}.yaml") for stem in names}
+    for stem, name in names.items():
+        (tmp_path / f"{stem}.yaml").write_text(f"name: {name}")
+    assert shown_names([files["a"], "auto"]) == {files["a"]: "found", "auto": "auto"}
+    shown = shown_names(["dense", *files.values()])
+    assert list(shown.values()) == ["dense", "found (a)", "found (b)", "other", "auto (d)"]
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "a.yaml").write_text("name: found")
+    with pytest.raises(PlanError, match="expected plans of different names"):
+        shown_names([files["a"], str(tmp_path / "e" / "a.yaml")])
 
 
 def test_an_unknown_plan_names_the_nearest():

@@ -16,6 +16,7 @@ from ..cost.shape_lookup import load_shape
 from ..eval.numbers import human, mebibytes
 from ..eval.tables import tight_table
 from ..layout.image_grids import ShapeError
+from ..plans.files import shown_names
 from ..plans.layer_plan import PlanError
 from ..plans.plan import VisualPlan
 from .options import CalibrationOption, ConventionOption, JsonOption, ModelOption, bar, emit
@@ -57,10 +58,10 @@ def flops_command(
         "convention": convention,
     }
     dense = flops(shape, "dense", **settings)
-    names = [name.strip() for name in plan.split(",") if name.strip()]
+    names = shown_names(name.strip() for name in plan.split(",") if name.strip())
     if not names:
         raise PlanError(f"plan: got {plan!r}, expected one name or several with commas between them")
-    plans = [resolved(name, shape, calibration) for name in names]
+    plans = [resolved(each, shape, calibration).replace(name=name) for each, name in names.items()]
     costs = [flops(shape, each, **settings) for each in plans]
     bounds = _bounds(shape, [VisualPlan.dense(shape.layers), *plans], [dense, *costs], device) if device else []
     data = [cost.to_dict() | {"of_dense": cost.total / dense.total if dense.total else None} for cost in costs]

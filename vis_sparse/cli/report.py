@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import JsonOption, ModelOption, emit
+from .options import JsonOption, emit
 
 # what an object of a kind is known by
 MARKS = {"eval": ("task", "plan", "metric"), "peers": ("peer",), "bench": ("plan", "flop_ratio")}
@@ -46,17 +46,14 @@ def report_command(
     calibration: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="From vis-sparse calibrate: heat maps. May be repeated.")
     ] = None,
-    model: ModelOption = "llava-1.5-7b",
     json_file: JsonOption = None,
 ) -> None:
-    """One HTML page from measured results: tables, accuracy over FLOPs, head heat maps, plans layer by layer."""
-    from ..cost.shape_lookup import load_shape
+    """One HTML page from measured results: tables, accuracy over FLOPs, head heat maps, every plan layer by layer."""
     from ..eval.report_page import page
     from ..plans.scores import Calibration
 
-    shape = load_shape(model)
     kinds = read_results(results)
     maps = [Calibration.load(file) for file in calibration or ()]
-    out.write_text(page(kinds, maps, shape), encoding="utf-8")
+    out.write_text(page(kinds, maps), encoding="utf-8")
     counts = {kind: len(rows) for kind, rows in kinds.items()}
     emit({"page": str(out), "rows": counts}, json_file, lambda console: console.print(f"written: {out}"))

@@ -38,18 +38,19 @@ def bench(
     import torch
 
     from ..cost.shape_lookup import load_shape
+    from ..plans.files import shown_names
     from .bench_model import image_layout, random_embeddings, random_model
     from .measure import Measurement
     from .timing import machine_facts
 
-    shape = dataclasses.replace(load_shape(model), layers=layers)
+    shape, names = dataclasses.replace(load_shape(model), layers=layers), shown_names(plans)
     layout = image_layout(shape, batch, text_tokens, image_size)
     place = {"dtype": getattr(torch, dtype), "device": torch.device(device)}
     measurement = Measurement(
         random_model(shape, **place),
         random_embeddings(shape, layout, text_tokens, **place),
         layout,
-        {name: resolved(name, shape, calibration) for name in plans},
+        {name: resolved(plan, shape, calibration) for plan, name in names.items()},
         heads="first",
         compiler=compiler,
     )
@@ -74,7 +75,7 @@ def bench(
         "timed": "decoder layers and final norm on input embeddings; no vision tower, projector or LM head",
     }
     facts = machine_facts(place["device"])
-    return [{"plan": name, **setting, **figures[name], **facts} for name in plans]
+    return [{"plan": name, **setting, **figures[name], **facts} for name in names.values()]
 
 
 def compare(model: str, plans: list[str], *, layers: int, **settings) -> list[dict]:
@@ -82,8 +83,8 @@ def compare(model: str, plans: list[str], *, layers: int, **settings) -> list[di
     import dataclasses
 
     from ..cost.shape_lookup import load_shape
-    from ..plans.files import as_plan
+    from ..plans.files import as_plan, shown_names
     from .peers import peers
 
     shape = dataclasses.replace(load_shape(model), layers=layers)
-    return peers(shape, {name: as_plan(name, layers) for name in plans}, **settings)
+    return peers(shape, {name: as_plan(plan, layers) for plan, name in shown_names(plans).items()}, **settings)

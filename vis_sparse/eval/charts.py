@@ -8,7 +8,7 @@ from html import escape
 
 WIDTH = 420
 LEFT, RIGHT, TOP, BOTTOM = 44, 84, 12, 34
-_LABEL = 11  # height of a line of text
+_LABEL = 13  # height of a line of text
 
 
 def scatter(points: Sequence[tuple[str, float, float, float]], best: Sequence[str], across: str, up: str) -> str:
@@ -20,7 +20,8 @@ def scatter(points: Sequence[tuple[str, float, float, float]], best: Sequence[st
     highest = max(x for _, x, _, _ in points)
     low, high = (side(y + sign * error for _, _, y, error in points) for side, sign in ((min, -1), (max, 1)))
     margin = 0.06 * (high - low) or 0.01
-    x_ticks, y_ticks = ticks(0, highest), ticks(low - margin, high + margin)
+    x_ticks = ticks(0, highest)
+    y_ticks = [tick for tick in ticks(low - margin, high + margin) if tick <= high]  # a score of 1 is the highest
     low, high = min(low - margin, y_ticks[0]), max(high + margin, y_ticks[-1])
 
     def place(x: float, y: float) -> tuple[float, float]:

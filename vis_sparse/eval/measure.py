@@ -20,6 +20,7 @@ from ..cost.shape_lookup import shape_of
 from ..layout.layout import VisualLayout
 from ..plans.plan import VisualPlan
 from .memory import PeakBytes, cache_bytes
+from .plan_strip import plan_strip
 from .timing import in_turns, paired_ratio, timed
 
 UNPATCHED, DENSE_PLAN = "unpatched", "dense"
@@ -53,7 +54,7 @@ class Measurement:
         self.variants = (UNPATCHED, *self.plans)
 
     def run(self, repeats: int = 5, decode: bool = False, on_turn: Callable[[], None] = lambda: None) -> dict:
-        """{label: its figures (see `_figures`)}, everything timed in turns. The model is left unpatched.
+        """{label: its figures (see `_figures`) and its strip}, everything timed in turns. The model is left unpatched.
 
         Compiled variants are timed one after the other, since patching again would mean compiling again.
         decode: also time a decode step at the end of the prompt. on_turn: called after each of the
@@ -84,7 +85,8 @@ class Measurement:
         finally:
             self._switch(UNPATCHED)
         costs = {label: self._cost(plan) for label, plan in self.plans.items()}
-        return {label: _figures(label, samples, sizes, costs) for label in self.labels}
+        strips = {label: plan_strip(plan, costs[label], costs[DENSE_PLAN]) for label, plan in self.plans.items()}
+        return {label: _figures(label, samples, sizes, costs) | {"strip": strips[label]} for label in self.labels}
 
     def _switch(self, variant: str) -> None:
         if variant == self._current:

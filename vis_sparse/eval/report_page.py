@@ -5,9 +5,6 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from ..cost.flops import flops
-from ..cost.shapes import ModelShape
-from ..plans.files import load_plan, plan_names
 from .charts import heat_map, scatter, strip
 from .html import CSS, bar, document, table_row
 from .numbers import mebibytes, percent, seconds, span, three_digits
@@ -17,14 +14,13 @@ from .tables import measured_on
 MORE_CSS = Path(__file__).with_name("report.css")
 
 
-def page(kinds: dict[str, list[dict]], calibrations: list, shape: ModelShape) -> str:
-    """The page as HTML text. kinds: rows of `report.read_results`. calibrations: for heat maps. shape: for plans."""
+def page(kinds: dict[str, list[dict]], calibrations: list) -> str:
+    """The page as HTML text. kinds: rows of `report.read_results`. calibrations: for heat maps."""
     sections = [_head(kinds)]
     sections += _accuracy(kinds["eval"])
     sections += [_bench(rows) for rows in _by_setting(kinds["bench"])]
     sections += [_peers(rows) for rows in _by_setting(kinds["peers"])]
-    named = [row["plan"] for kind in ("eval", "bench") for row in kinds[kind]]
-    sections += [_plans([name for name in plan_names() if name in named], shape)]
+    sections += _plans(kinds["eval"] + kinds["bench"])
     sections += [_heads(calibration) for calibration in calibrations]
     css = CSS.read_text(encoding="utf-8") + MORE_CSS.read_text(encoding="utf-8")
     return document("vis_sparse report", css, [section for section in sections if section])
@@ -163,20 +159,26 @@ def _peers(rows: list[dict]) -> str:
     return f"<section><h2>{escape(first['model'])}: peers</h2>{_table(title, '', heads, body)}</section>"
 
 
-def _plans(names: list[str], shape: ModelShape) -> str:
-    if not names:
-        return ""
-    dense = flops(shape, "dense").prefill
+def _plans(rows: list[dict]) -> list[str]:
+    """A section a model and depth: its plans as they ran there, in the order of the rows."""
+    models: dict[tuple, dict[tuple, dict]] = {}
+    for row in rows:
+        found = row.get("strip")  # not in results of earlier versions, nor where no prompt had an image
+        if found is not None:
+            own = models.setdefault((row["model"], len(found["shares"])), {})
+            own.setdefault((row["plan"], found["about"]), found)
+    return [_plans_of(model, layers, plans) for (model, layers), plans in models.items()]
+
+
+def _plans_of(model: str, layers: int, plans: dict[tuple, dict]) -> str:
     entries = []
-    for name in names:
-        plan, cost = load_plan(name).resolve(shape.layers), flops(shape, name).prefill
-        shares = [layer.visual.total / whole.visual.total for layer, whole in zip(cost.layers, dense.layers)]
-        total = cost.lane("visual") / dense.lane("visual")
-        picture = strip(shares, [layer.text_reads for layer in plan.layers])
-        words = f"{total:.0%} of the visual FLOPs. {plan.about}"
+    for (name, about), found in plans.items():
+        prompt = f"{found['visual_tokens']} visual and {found['text_tokens']} text tokens"
+        words = f"{found['share']:.1%} of the visual FLOPs of {prompt}. {about}"
+        picture = strip(found["shares"], found["reads"])
         entries.append(f"<dt>{escape(name)}</dt><dd>{picture}<span>{escape(words)}</span></dd>")
     return (
-        f"<section><h2>What the plans compute on {escape(shape.name)}</h2>"
+        f"<section><h2>{escape(model)}: what the plans compute in its {layers} layers</h2>"
         '<p class="note">A bar a layer: the share of the dense layer’s work that is done for visual tokens. A dot: '
         f'text reads them there.</p><dl class="plans">{"".join(entries)}</dl></section>'
     )

@@ -148,7 +148,7 @@ def main() -> None:
     (given.out / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     kinds = {"eval": rows, "bench": [], "peers": []}
     maps = [Calibration.load(checkpoint(family) / "heads.safetensors") for family in TASKS]
-    (given.out / "report.html").write_text(page(kinds, maps, load_shape(checkpoint())), encoding="utf-8")
+    (given.out / "report.html").write_text(page(kinds, maps), encoding="utf-8")
     given.page.write_text(insert(given.page.read_text(encoding="utf-8"), section(results)), encoding="utf-8")
 
 

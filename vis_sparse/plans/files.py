@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from .layer_plan import PlanError
@@ -29,6 +31,23 @@ def load_plan(source: str | Path) -> PlanRecipe:
     near = difflib.get_close_matches(str(source), plan_names(), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise PlanError(f"plan: got {str(source)!r}, expected a file or one of {', '.join(plan_names())}{hint}")
+
+
+def shown_names(plans: Iterable[str]) -> dict[str, str]:
+    """What tables call plans (names or files): each by its own name; a file whose name another plan has, or a shipped
+    one, with its stem behind it.
+
+    Raises PlanError for two files of one name and one stem, or a plan that is not there.
+    """
+    own = {plan: load_plan(plan).name for plan in plans}
+    bearers = Counter(own.values())
+    taken = {*plan_names(), *(name for name, count in bearers.items() if count > 1)}
+    shown = {
+        plan: f"{name} ({Path(plan).stem})" if name in taken and plan != name else name for plan, name in own.items()
+    }
+    if len(set(shown.values())) < len(shown):
+        raise PlanError(f"plan: got {', '.join(shown)}, expected plans of different names")
+    return shown
 
 
 def as_plan(source: VisualPlan | PlanRecipe | str | Path, num_layers: int) -> VisualPlan:

@@ -15,6 +15,8 @@ from ...layout.layout import LayoutError, VisualLayout
 from ...patches import inspect, read_layout, unpatched
 from ...patches.errors import PatchError
 from ...plans.layer_plan import PlanError
+from ...plans.plan import VisualPlan
+from ..plan_strip import plan_strip
 from ..timing import timed
 from .columns import SampleCost
 
@@ -22,7 +24,8 @@ Key = tuple[str, str, int]  # task, split, number of the document
 
 
 class CostMeter:
-    """Stands before a model's `generate`. `costs` has what each document cost, `error` what stopped the plan.
+    """Stands before a model's `generate`. `costs` has what each document cost, `error` what stopped the plan, `strip`
+    what the plan leaves of the first prompt with images (`plan_strip`).
 
     lmms-eval's model classes read a batch's documents from their `task_dict`, row by row, and then generate: `reading`
     notes which, and so whose the rows are.
@@ -33,6 +36,7 @@ class CostMeter:
         self.model, self.paired = model, paired
         self.costs: dict[Key, SampleCost] = {}
         self.error: ValueError | None = None
+        self.strip: dict | None = None
         self._read: list[Key] = []
         self._pairs = Counter()
         self._is_warm = self._is_dense_first = False
@@ -89,8 +93,11 @@ class CostMeter:
         if key not in self._counted:
             state = inspect(self.model)
             settings = dict(layout=layout, text_tokens=text_tokens, kv_dtype_bytes=self.model.dtype.itemsize)
+            plan = VisualPlan.dense(self._shape.layers) if state is None else state["plan"]
             dense = flops(self._shape, "dense", **settings)
-            own = dense if state is None else flops(self._shape, state["plan"], **settings)
+            own = dense if state is None else flops(self._shape, plan, **settings)
+            if self.strip is None and layout.num_visual:
+                self.strip = plan_strip(plan, own, dense)
             self._counted[key] = SampleCost(
                 flops=own.total,
                 flops_dense=dense.total,

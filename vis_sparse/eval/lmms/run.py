@@ -18,6 +18,7 @@ from lmms_eval.utils import handle_non_serializable
 
 from ... import __version__
 from ...calibration.records import SampleError
+from ...plans.files import shown_names
 from ...plans.layer_plan import PlanError
 from ..tasks import folder
 from ..timing import machine_facts
@@ -61,7 +62,7 @@ def evaluate(
     manager = task_manager(tasks)
     if len({_file_name(plan) for plan in plans}) < len(plans):
         raise PlanError(f"plan: got {', '.join(plans)}, expected plans of different names")
-    model, pairs = None, {}
+    model, pairs, names = None, {}, shown_names(plans)
     for task in tasks:
         for plan in plans:
             file = out / task / f"{_file_name(plan)}.json"
@@ -71,7 +72,7 @@ def evaluate(
                 model = model or _load(settings)
                 kept = _run(model, settings, plan, task, manager, file)
             pairs[task, plan] = kept
-    return summary(pairs)
+    return summary(pairs, names)
 
 
 def task_manager(tasks: list[str]) -> TaskManager:
@@ -124,6 +125,7 @@ def _run(model, settings: Settings, plan: str, task: str, manager: TaskManager, 
         "samples": {name: len(samples) for name, samples in results["samples"].items()},
         "answers": answers,
         "failed": failed,
+        "strip": model.meter.strip,
         "versions": results["versions"],
         "lmms_eval": results["lmms_eval_version"],
         "run": machine_facts(torch.device(settings.device)),
@@ -169,11 +171,11 @@ def _write(file: Path, text: str) -> None:
     unfinished.replace(file)
 
 
-def summary(pairs: dict[tuple[str, str], dict]) -> list[dict]:
+def summary(pairs: dict[tuple[str, str], dict], names: dict[str, str]) -> list[dict]:
     """One row a task (subtasks of groups by themselves), plan and metric of the task: {model, task, plan, metric,
     value, stderr, higher_is_better, samples, same_as_dense, failed: {document: error}} and those of `COLUMNS` (None
-    where not known). same_as_dense: share of answers equal to the dense run's, if there is one. Last, machine, versions
-    and date of the run."""
+    where not known). names: what rows call the plans. same_as_dense: share of answers equal to the dense run's, if
+    there is one. strip: `plan_strip` of one prompt. Last, machine, versions and date of the run."""
     rows = []
     for (task, plan), kept in pairs.items():
         dense = pairs.get((task, DENSE)) if plan != DENSE else None
@@ -189,7 +191,7 @@ def summary(pairs: dict[tuple[str, str], dict]) -> list[dict]:
                     {
                         "model": "/".join(Path(kept["settings"]["model"]).parts[-2:]),
                         "task": name,
-                        "plan": _file_name(plan),
+                        "plan": names[plan],
                         "metric": metric,
                         "value": value,
                         "stderr": stderr if isinstance(stderr, int | float) else None,
@@ -198,6 +200,7 @@ def summary(pairs: dict[tuple[str, str], dict]) -> list[dict]:
                         "same_as_dense": same,
                         "failed": kept["failed"][name],
                         **costs,
+                        "strip": kept.get("strip"),
                         **kept["run"],
                     }
                 )
