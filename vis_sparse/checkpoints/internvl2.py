@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig, InternVLForConditionalGeneration
 
+from ..plans.atomic_write import replaced
 from .errors import CheckpointError
 from .internvl2_format import read_config, translate
 
@@ -81,7 +82,8 @@ def convert_internvl2(folder: str | Path, output: str | Path, image_token_id: in
         tensors = {name: tensor.contiguous() for name, tensor in _translated(shard, config)}
         weight_map |= dict.fromkeys(tensors, shard.name)
         size += sum(tensor.nbytes for tensor in tensors.values())
-        save_file(tensors, output / shard.name, metadata={"format": "pt"})
+        with replaced(output / shard.name) as new:
+            save_file(tensors, new, metadata={"format": "pt"})
         config.dtype = next(iter(tensors.values())).dtype
     if len(shards) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}

@@ -12,10 +12,15 @@ from pathlib import Path
 def replaced(path: str | Path) -> Iterator[Path]:
     """A path to write to; at the end of the block it becomes `path`, at once: an interruption leaves the old file.
 
-    Folders on the way there are made: what took an hour to measure is not lost for the lack of one.
+    Folders on the way there are made: what took an hour to measure is not lost for the lack of one. Who may read the
+    file is as for any new file (the umask), whatever writes it: safetensors lets nobody but its owner.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
+    new.unlink(missing_ok=True)  # an interruption's
+    new.touch()
+    mode = new.stat().st_mode
     yield new
+    new.chmod(mode)
     os.replace(new, path)
