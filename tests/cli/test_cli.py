@@ -96,6 +96,9 @@ def test_plan_show_draws_one_row_a_layer():
     assert "unread after" in " ".join(layers[15])
     assert layers[16][:5] == ["16", "·", "·", "none", "·"]
     assert "1.702 T of 8.397 T FLOPs (20.3%)" in " ".join(printed.split())
+    visual, dense = (flops("llava-1.5-7b", plan).prefill.lane("visual") for plan in ("yopo-12", "dense"))
+    alone = f"{human(visual)} of {human(dense)} ({visual / dense:.1%})"
+    assert f"For the visual tokens alone, as search --budget counts: {alone}" in " ".join(printed.split())
     assert max(map(len, printed.splitlines())) <= 80
 
 
@@ -104,6 +107,7 @@ def test_plan_show_json_says_the_same():
     assert [row["layer"] for row in data["layers"] if row["text_reads"]] == [0, 1, 7, 8, 9, 10, 11, 14]
     assert data["flops"] == sum(row["flops"] for row in data["layers"])
     assert data["dense_flops"] == flops("llava-1.5-7b", "dense", convention="paper").total
+    assert (data["visual_flops"], data["dense_visual_flops"]) == (data["flops"], data["dense_flops"])
     auto = read_json("plan", "show", "auto")["layers"]
     assert auto[0]["attention"] == {"radius": 3, "direction": "causal", "frames": 0, "stride": 1}
     assert (auto[0]["heads"], auto[0]["ffn"], auto[31]["attention"]) == (32, 1.0, "none")
@@ -133,6 +137,13 @@ def test_flops_of_several_plans_side_by_side():
     assert "2.00x" in table["vtw"]
     assert "8.35x" in table["yopo-12"]
     assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_files_are_counted_under_the_names_of_their_plans(tmp_path):
+    for stem in ("a", "b"):
+        (tmp_path / f"{stem}.yaml").write_text("name: found")
+    counted = read_json("flops", "--plan", f"vtw,{tmp_path / 'a.yaml'},{tmp_path / 'b.yaml'}")["plans"]
+    assert [plan["plan"] for plan in counted] == ["vtw", "found (a)", "found (b)"]
 
 
 def test_flops_settings_reach_the_count():
@@ -194,6 +205,34 @@ def test_errors_are_one_line_on_stderr(arguments, message):
     assert result.stdout == ""
     assert result.stderr.startswith(f"vis-sparse: {message}")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("flops",), ("plan", "list"), ("plan", "show", "auto"), ("bench",),
+        ("calibrate", "--data", "tiny-train", "--out", "no.safetensors"),
+        ("search", "--data", "tiny-train", "--out", "no.yaml"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("folder", ["/no/such/folder", "./none", "no/such/folder"])
+def test_a_folder_that_is_not_there_is_told(command, folder):
+    result = run(*command, "--model", folder)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.startswith(f"vis-sparse: model: got {folder!r}, no such folder; expected a checkpoint's")
+    assert all(name in result.stderr for name in ("tiny/llava", "tiny/internvl", "llava-1.5-7b"))
+
+
+@pytest.mark.parametrize("name", ["nothing", "nobody/nothing"])
+def test_what_may_be_a_name_of_the_hub_is_tried(name, monkeypatch):
+    import transformers
+
+    def asked(given, **settings):
+        raise OSError(f"looked for {given}")
+
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", asked)
+    result = run("calibrate", "--data", "tiny-train", "--out", "no.safetensors", "--model", name)
+    assert result.exit_code == 2 and f"(looked for {name})" in result.stderr
 
 
 def test_a_broken_plan_file_is_one_line_too(tmp_path):

@@ -117,7 +117,9 @@ def test_the_way_to_a_budget_is_measured_and_counted(model, samples):
         text = probe.lengths[middle] - layout.num_visual
         return flops(shape, plan, layout=layout, text_tokens=text).prefill.lane("visual")
 
+    prompt = f"a prompt of {layout.num_visual} visual and {probe.lengths[middle] - layout.num_visual} text tokens"
     for point in points:
+        assert prompt in described(point, "visual").about and prompt in point.plan.about
         assert point.cost == visual(point.plan) / visual(VisualPlan.dense(LAYERS))
         kl, accuracy = probe.measure(point.plan)
         assert point.kl == pytest.approx(kl, rel=1e-4, abs=1e-7) and point.accuracy == accuracy
@@ -358,6 +360,7 @@ def test_the_command_meets_a_budget_of_cached_bytes(tmp_path):
     command = ["search", "--model", str(checkpoint()), *arguments, "--out", str(out), "--json", "-"]
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert result.exit_code == 0 and [path.name for path in tmp_path.iterdir()] == ["plan.yaml"]
+    assert "Loading" not in result.stderr
     plan, shape = VisualPlan.from_yaml(out), load_shape(str(checkpoint()))
     cached, dense = (flops(shape, each).kv_visual_bytes for each in (plan, "dense"))
     assert 0 < cached <= dense / 2

@@ -13,10 +13,10 @@ from rich.console import Console
 from ..calibration.measure import calibrate
 from ..eval.data import TASKS, TINY, records
 from ..eval.progress import progress
-from ..eval.tiny import SHIPPED, folder_of
+from ..eval.tiny import SHIPPED
 from ..plans.scores import Calibration
 from .heatmap import draw_heads
-from .options import JsonOption, emit
+from .options import JsonOption, emit, folder_of
 
 DataOption = Annotated[
     str,

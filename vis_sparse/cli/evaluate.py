@@ -52,9 +52,11 @@ def eval_command(
         except ModuleNotFoundError as error:
             typer.echo(f"vis-sparse: eval: {error.name} is missing, expected pip install 'vis_sparse[eval]'", err=True)
             raise typer.Exit(2) from None
+        from datasets import disable_progress_bars
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # of loading weights; lmms-eval shows its own for the samples
+        disable_progress_bars()  # of writing and reading the questions
         done, total = 0, len(plans) * len(names)
 
         def on_pair(task: str, name: str, is_known: bool) -> None:

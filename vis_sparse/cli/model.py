@@ -11,9 +11,11 @@ def load_model(name: str, dtype: str, device: str):
     """(model in evaluation mode, processor) of a checkpoint folder or a name that transformers knows."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils.logging import disable_progress_bar
 
     if dtype not in _DTYPES:
         raise PatchError(f"dtype: got {dtype!r}, expected one of {', '.join(_DTYPES)}")
+    disable_progress_bar()  # of loading weights; commands show their own
     try:
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=getattr(torch, dtype))
         processor = AutoProcessor.from_pretrained(name)

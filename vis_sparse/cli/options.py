@@ -12,7 +12,22 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..eval.tiny import folder_of
+from ..cost.shape_lookup import shape_names
+from ..eval.tiny import SHIPPED, checkpoint
+from ..layout.image_grids import ShapeError
+
+
+def folder_of(model: str) -> str:
+    """The folder of a shipped model by its name ("tiny/llava"); any other name as it is, which may be one of the Hub
+    (NAME or OWNER/NAME). Raises ShapeError for what can only be a folder and is none."""
+    is_path = Path(model).is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
+    if is_path and not Path(model).is_dir():
+        raise ShapeError(
+            f"model: got {model!r}, no such folder; expected a checkpoint's, or a shipped name: {', '.join(SHIPPED)}, "
+            f"or where only the sizes count {', '.join(shape_names())}"
+        )
+    return str(checkpoint(SHIPPED[model])) if model in SHIPPED else model
+
 
 JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - = stdout.")]
 ModelOption = Annotated[

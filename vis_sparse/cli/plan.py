@@ -83,6 +83,8 @@ def show_command(
         "layers": rows,
         "dense_flops": dense.total,
         "flops": cost.total,
+        "dense_visual_flops": dense.prefill.lane("visual"),
+        "visual_flops": cost.prefill.lane("visual"),
         "kv_bytes": cost.kv_bytes,
         "dense_kv_bytes": dense.kv_bytes,
     }
@@ -152,8 +154,11 @@ def _draw(
             bar(share, 8, "red") + Text(f" {share:4.0%}"),
         )
     console.print(table)
+    visual, whole = (each.prefill.lane("visual") for each in (cost, dense))
     console.print(
         f"{cost.visual_tokens} visual and {cost.text_tokens} text tokens, convention {cost.convention}: "
         f"{human(cost.total)} of {human(dense.total)} FLOPs ({cost.total / dense.total:.1%}), "
-        f"KV cache {mebibytes(cost.kv_bytes)} of {mebibytes(dense.kv_bytes)}"
+        f"KV cache {mebibytes(cost.kv_bytes)} of {mebibytes(dense.kv_bytes)}\n"
+        f"For the visual tokens alone, as search --budget counts: {human(visual)} of {human(whole)} "
+        f"({visual / whole:.1%})"
     )

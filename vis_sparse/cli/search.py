@@ -42,7 +42,12 @@ def search_command(
     ] = None,
     front: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Also keep the Pareto front there.")] = None,
     time_limit: Annotated[
-        str | None, typer.Option(metavar="TIME", help="90s, 10m or 2h; then every step is the next best known.")
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="90s, 10m or 2h, after which nothing better is looked for. It does not bound the first ranking of all "
+            "changes, nor the way down to the budget: every step is then the next best known.",
+        ),
     ] = None,
     samples: SamplesOption = 256,
     prompt: PromptOption = None,

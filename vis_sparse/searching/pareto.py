@@ -47,5 +47,5 @@ def write_front(folder: Path, points: Iterable[Point], cost: str) -> None:
 
 def described(point: Point, cost: str):
     """The point's plan, whose `about` says what it costs."""
-    about = f"Found by search: {point.cost:.1%} of dense ({cost}), KL {point.kl:.3g} on the samples."
-    return point.plan.replace(name="searched", about=about)
+    found = f"{point.cost:.1%} of dense ({cost}), KL {point.kl:.3g} on the samples."
+    return point.plan.replace(name="searched", about=f"{point.plan.about} {found}")

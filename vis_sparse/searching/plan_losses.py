@@ -6,6 +6,8 @@ import hashlib
 import time
 from collections.abc import Callable
 
+import numpy as np
+
 from ..calibration.probe import Probe
 from ..plans.plan import VisualPlan
 from .log import Log
@@ -16,6 +18,11 @@ _ROUGH = 128  # samples
 
 class TimeUp(Exception):
     """A plan was to be measured after the time for it."""
+
+
+def middle_sample(probe: Probe) -> int:
+    """The sample of median length."""
+    return int(np.argsort(probe.lengths, kind="stable")[probe.num_samples // 2])
 
 
 class PlanLosses:
@@ -35,6 +42,13 @@ class PlanLosses:
     @property
     def dense(self) -> VisualPlan:
         return VisualPlan.dense(self._start.num_layers)
+
+    @property
+    def prompt(self) -> str:
+        """The tokens of the sample for which costs are counted."""
+        middle = middle_sample(self._probe)
+        visual = self._probe.layouts[middle].num_visual
+        return f"{visual} visual and {self._probe.lengths[middle] - visual} text tokens"
 
     def cost(self, plan: VisualPlan) -> float:
         """Share of the dense plan's cost."""

@@ -32,7 +32,7 @@ from ..plans.plan import VisualPlan, with_layer
 from ..plans.scores import Calibration
 from .changes import LayerChange, LayerChanges
 from .pareto import Point
-from .plan_losses import PlanLosses, TimeUp
+from .plan_losses import PlanLosses, TimeUp, middle_sample
 
 if TYPE_CHECKING:
     from torch import nn
@@ -139,9 +139,10 @@ def search_front(
             start = best_within(found, share, objective)
 
     found: list[Point] = []
+    about = f"Found by vis_sparse.search; costs are of a prompt of {meter.prompt}."
     with suppress(TimeUp):
         for point in ways():
-            found.append(replace(point, plan=point.plan.replace(name="searched", about="Found by vis_sparse.search")))
+            found.append(replace(point, plan=point.plan.replace(name="searched", about=about)))
             yield found[-1]
 
 
@@ -157,7 +158,7 @@ def meter_of(
     target, shape = Target.of(model), shape_of(model)
     probe = Probe(target, samples, batch)
     known = Log(log, {"weights": of_weights(target.text_model), "samples": of_samples(samples)})
-    middle = int(np.argsort(probe.lengths, kind="stable")[probe.num_samples // 2])
+    middle = middle_sample(probe)
     if cost == "time":
         from .layer_times import LayerTimes
 

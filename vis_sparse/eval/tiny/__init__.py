@@ -10,8 +10,3 @@ def checkpoint(family: str = "llava") -> Path:
     """Folder of a trained checkpoint, for `from_pretrained`: "llava" (3.0 M parameters, 144 visual tokens an image),
     "qwen2_vl" (3.6 M, 100 to 168 visual tokens) or "internvl" (3.1 M, 36 to 180: tiles and a thumbnail)."""
     return Path(__file__).parent / family
-
-
-def folder_of(model: str) -> str:
-    """The folder of a shipped model by its name on the command line ("tiny/llava"); any other name as it is."""
-    return str(checkpoint(SHIPPED[model])) if model in SHIPPED else model
