@@ -28,6 +28,8 @@ _EXPORTS = {
     "unpatch": "patches",
     "inspect": "patches",
     "use_layout": "patches",
+    "use_plan": "patches",
+    "use_prompt": "patches",
     "PatchError": "patches.errors",
     "load_internvl2": "checkpoints.internvl2",
     "released_plan": "patches.original_llava",
@@ -46,6 +48,8 @@ if TYPE_CHECKING:  # what type checkers and editors see: the same names, with th
     from .patches import patched as patched
     from .patches import unpatch as unpatch
     from .patches import use_layout as use_layout
+    from .patches import use_plan as use_plan
+    from .patches import use_prompt as use_prompt
     from .patches.errors import PatchError as PatchError
     from .patches.original_llava import released_plan as released_plan
     from .plans.budgets import load_heads as load_heads

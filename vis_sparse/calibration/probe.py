@@ -15,6 +15,7 @@ import torch
 
 from ..executor.cache import Book
 from ..executor.call import Call
+from ..executor.kept_cuts import KeptCuts
 from ..executor.lanes import LaneExecutor, LaneLayer
 from ..kernels import get_backend
 from ..layout.layout import VisualLayout
@@ -118,6 +119,7 @@ class Probe:
                 f"plan {plan.name!r}: tokens: got a plan under which visual tokens leave, expected one that keeps them "
                 "all (the probe goes on from states of every visual row)"
             )
+        executor.kept_cuts.refresh()
         return executor
 
     def work(self, plan: VisualPlan) -> tuple[LayerWork, ...]:
@@ -129,6 +131,7 @@ class Probe:
         """One run of a layer that computes `work`, on the first batch."""
         decoder, batch = self.target.decoder, self._batches[0]
         layer = LaneLayer(decoder.layers[0], work, decoder, False, self.backend)
+        KeptCuts(layer.cuts).refresh()
         x, cos, sin = batch.call.split(batch.states[0], batch.cos, batch.sin)
         return lambda: layer(x.clone(), batch.call, cos, sin)
 

@@ -9,6 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from ..executor.kept_calls import held_bytes
+
 
 class PeakBytes(TorchDispatchMode):
     """Counts the bytes of tensors created while it is on: `peak` at most, `live` now.
@@ -48,21 +50,7 @@ class PeakBytes(TorchDispatchMode):
 def cache_bytes(cache) -> int:
     """Bytes of all storages that the layers of a transformers `Cache` hold on to; a tensor that is a view of a larger
     storage counts with all of it."""
-    sizes, seen = {}, {}
-
-    def walk(item):
-        if isinstance(item, torch.Tensor):
-            storage = item.untyped_storage()
-            sizes[storage._cdata] = storage.nbytes()
-        elif isinstance(item, list | tuple):
-            for part in item:
-                walk(part)
-        elif hasattr(item, "__dict__") and not isinstance(item, type) and id(item) not in seen:
-            seen[id(item)] = item
-            walk(list(vars(item).values()))
-
-    walk(list(cache.layers))
-    return sum(sizes.values())
+    return held_bytes(cache.layers, arrays=False)
 
 
 def _tensors(tree) -> Iterator[torch.Tensor]:

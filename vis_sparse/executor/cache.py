@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
 from ..layout.packing import Coordinates, text_coordinates
 from ..plans.plan import VisualPlan
+from .transformers_internals import LaneLayerBase
 
 
 class Book:
@@ -79,8 +79,7 @@ class Store:
         end = self.length + key.shape[1]
         if self.buffers is None:
             self.buffers = (key, value)
-        elif key.requires_grad or self.buffers[0].requires_grad:
-            # growing in place would overwrite what the backward pass needs
+        elif not self._grows_in_place():
             self.buffers = tuple(torch.cat([old, new], 1) for old, new in zip(self.tensors, (key, value)))
         else:
             if end > self.buffers[0].shape[1]:
@@ -89,6 +88,13 @@ class Store:
                 buffer[:, self.length : end] = new
         self.length = end
         return self.tensors
+
+    def _grows_in_place(self) -> bool:
+        """Not where a backward pass may need what is overwritten, be it for the queries' sake alone, nor outside of the
+        inference mode that made the buffers."""
+        return not torch.is_grad_enabled() and not any(
+            t.requires_grad or t.is_inference() and not torch.is_inference_mode_enabled() for t in self.buffers
+        )
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,17 +122,13 @@ class Store:
         return grown
 
 
-class LaneCacheLayer(CacheLayerMixin):
+class LaneCacheLayer(LaneLayerBase):
     """One decoder layer's cache. The layer with `leads` keeps the shared book up to date for all of them."""
-
-    is_croppable = True
-    is_sliding = False
 
     def __init__(self, book: Book, leads: bool):
         super().__init__()
         self.book, self.leads = book, leads
         self.seen, self.rest = Store(), Store()
-        self.is_initialized = True
 
     @property
     def kv_bytes(self) -> int:
@@ -138,11 +140,6 @@ class LaneCacheLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.book.length + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # the name before transformers 5.20
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._select(beam_idx)
@@ -174,12 +171,3 @@ class LaneCacheLayer(CacheLayerMixin):
         if self.leads:
             self.book.__init__(len(self.book.slots.sample), self.book.plan)
         self.seen, self.rest = Store(), Store()
-
-    def lazy_initialization(self, key_states, value_states) -> None:
-        """Nothing to do: the stores take their shape from the first call."""
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        raise RuntimeError(
-            "cache: this KV cache holds the lanes of a model patched by vis_sparse, got a call from an unpatched "
-            "forward; expected the patched model, or a new cache after unpatch"
-        )

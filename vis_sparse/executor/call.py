@@ -18,6 +18,8 @@ class Call:
     packing: the call's rows. seen, rest: coordinates of the slots of the two stores after the call's own were
     appended, (batch, slots). mask: (batch, columns) bool, False = padding; None = none, or as the slots say.
     in_sequence: the rows of `packing` at their columns of the sequence, where `packing` has others (`leaving`).
+    ranks: (batch,) the text row of each sample, counted in the padded text, whose attention ranks visual tokens; None =
+    the last.
     """
 
     def __init__(
@@ -28,8 +30,9 @@ class Call:
         device: torch.device,
         mask: np.ndarray | None = None,
         in_sequence: Packing | None = None,
+        ranks: np.ndarray | None = None,
     ):
-        self.packing, self.device, self.mask = packing, device, mask
+        self.packing, self.device, self.mask, self._ranks = packing, device, mask, ranks
         self.in_sequence = packing if in_sequence is None else in_sequence
         self._seen, self._rest = seen, rest
         self._patterns: dict = {}
@@ -38,9 +41,11 @@ class Call:
         self.has_run = False  # whether the backend's tables have been built
 
     @classmethod
-    def over(cls, packing: Packing, book, mask: np.ndarray | None, device: torch.device) -> Call:
+    def over(
+        cls, packing: Packing, book, mask: np.ndarray | None, device: torch.device, ranks: np.ndarray | None = None
+    ) -> Call:
         """The tables of a call whose slots `book` already has."""
-        return cls(packing, book.slots.masked(mask), book.text_slots().masked(mask), device, mask)
+        return cls(packing, book.slots.masked(mask), book.text_slots().masked(mask), device, mask, ranks=ranks)
 
     def leaving(self, kept: np.ndarray, book) -> Call:
         """The tables of the layers that only the packed visual rows `kept` reach; appends their slots to `book`.
@@ -52,7 +57,8 @@ class Call:
         book.append(left.slots(), left.length)
         seen, rest = book.slots.masked(self.mask), book.text_slots().masked(self.mask)
         places = places_of(seen, left.past + left.length)
-        return Call(left.moved(places), seen.moved(places), rest.moved(places), self.device, self.mask, left)
+        moved = (tables.moved(places) for tables in (left, seen, rest))
+        return Call(*moved, self.device, self.mask, left, self._ranks)
 
     @cached_property
     def _index(self) -> np.ndarray:
@@ -109,7 +115,7 @@ class Call:
 
     def by_sample(self, text):
         """Text rows (batch * text length, ...) as (batch, text length, ...)."""
-        return text.unflatten(0, self.packing.text_columns.shape)
+        return text.view(*self.packing.text_columns.shape, *text.shape[1:])
 
     def visual_by_sample(self, visual):
         """Packed visual rows (num_visual, ...) as slots (batch, visual length, ...), padded if ragged."""
@@ -131,11 +137,21 @@ class Call:
             return own
         return own.index_select(0, self._to(np.flatnonzero(self.packing.visual_valid)))
 
-    @property
+    def ranking_rows(self, text):
+        """Of text rows (batch, text length, ...), those that rank visual tokens, (batch, ...)."""
+        if self._ranks is None:
+            return text[:, -1]
+        return text[self._to(np.arange(self.batch)), self._to(self._ranks)]
+
+    @cached_property
     def read_slots(self) -> torch.Tensor | None:
-        """(batch, slots) bool: what the last text row reads of the `seen` store, in heads that read visual keys; None
-        if all. Nothing visual comes after it (`tokens.check_text_follows`)."""
-        return None if self._seen.valid.all() else self._to(self._seen.valid)
+        """(batch, slots) bool: what the ranking rows read of the `seen` store, in heads that read visual keys; None if
+        all. Nothing visual comes after them (`tokens.check_text_follows`)."""
+        read = self._seen.valid
+        if self._ranks is not None:
+            last = self.packing.text_columns[np.arange(self.batch), self._ranks] + self.packing.past
+            read = read & (self._seen.column <= last[:, None])
+        return None if read.all() else self._to(read)
 
     def text_pattern(self, seen: bool, blind: tuple[bool, ...] | None = None) -> TextPattern:
         """What text queries read of the `seen` store, or of the `rest` store."""

@@ -22,9 +22,12 @@ from ..plans.plan import VisualPlan
 from ..plans.schedule import LayerWork, schedule
 from .cache import Book, LaneCacheLayer, Store
 from .call import Call
+from .head_map import head_map
+from .kept_cuts import KeptCuts
 from .token_scores import attention_received, norms, on_host
 from .tokens import check_text_follows, choose
-from .weights import CutLinear, apply, index_on, select, unit_columns
+from .transformers_internals import keeps_no_activations
+from .weights import CutLinear, Selection, apply, index_on, is_plain, select, tensors, unit_columns
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,12 @@ class DecoderLayer:
     def checkpoints(self) -> bool:
         """Whether the layer keeps no activations and is run again in the backward pass (no cache then)."""
         block, _ = self.parts["input_norm"]
-        return torch.is_grad_enabled() and block.training and getattr(block, "gradient_checkpointing", False)
+        return keeps_no_activations(block)
 
     def module(self, part: str) -> nn.Module:
         owner, name = self.parts[part]
-        return getattr(owner, name)
+        module = owner._modules.get(name)  # many times quicker than the attribute
+        return getattr(owner, name) if module is None else module
 
     def apply(self, part: str, x: torch.Tensor) -> torch.Tensor:
         """A whole linear part on x (rows, in)."""
@@ -77,60 +81,6 @@ class Decoder:
     ffn_size: int
 
 
-@dataclass(frozen=True)
-class HeadMap:
-    """Where a layer's heads go. Units are KV heads, repeated `expand` times before they are stored.
-
-    seen: units whose visual keys are stored, with the text queries of `seen_queries`; rest: the others.
-    merge: place of every query head among seen_queries + rest_queries. blind: for each of seen_queries, whether it
-    must not read visual keys; None if all may. visual_keys: for each visual query head, its place among the visual
-    key units; None if they line up group by group. zeroed: places among the key units whose visual values count as
-    zero ("zero" semantics).
-    """
-
-    expand: int
-    keys: tuple[int, ...]
-    seen: tuple[int, ...]
-    rest: tuple[int, ...]
-    seen_queries: tuple[int, ...]
-    rest_queries: tuple[int, ...]
-    merge: tuple[int, ...]
-    blind: tuple[bool, ...] | None
-    visual_keys: tuple[int, ...] | None
-    zeroed: tuple[int, ...]
-
-
-def head_map(work: LayerWork, num_heads: int, num_kv_heads: int, zero: bool) -> HeadMap:
-    """The map of one layer's heads; `zero` for that semantics."""
-    groups, heads = num_heads // num_kv_heads, range(num_heads)
-    # a group of query heads that share values, some of them zeroed, can share them no longer
-    expand = groups if zero and 0 < len(work.value_heads) < num_heads else 1
-    per_unit = groups // expand
-    keys = tuple(unit for head in work.key_heads for unit in range(head * expand, (head + 1) * expand))
-    seen = keys if work.stores else ()
-    rest = tuple(unit for unit in range(num_kv_heads * expand) if unit not in seen)
-    seen_queries = tuple(h for h in heads if h // per_unit in seen)
-    rest_queries = tuple(h for h in heads if h // per_unit not in seen)
-    order = seen_queries + rest_queries
-    readers = work.value_heads if work.reads and not zero else heads if zero else ()
-    blind = tuple(h not in readers for h in seen_queries)
-    places = tuple(keys.index(h // per_unit) for h in work.query_heads)
-    lined_up = places == tuple(i // per_unit for i in range(len(keys) * per_unit))
-    zeroed = tuple(i for i, unit in enumerate(keys) if zero and unit * per_unit not in work.value_heads)
-    return HeadMap(
-        expand,
-        keys,
-        seen,
-        rest,
-        seen_queries,
-        rest_queries,
-        tuple(order.index(h) for h in heads),
-        blind if any(blind) else None,
-        None if lined_up else places,
-        zeroed,
-    )
-
-
 class LaneLayer:
     """One decoder layer under a plan."""
 
@@ -139,6 +89,14 @@ class LaneLayer:
         self.head_dim = decoder.head_dim
         self.has_norms = "query_norm" in layer.parts
         self.heads = head_map(work, decoder.num_heads, decoder.num_kv_heads, zero)
+        units = decoder.num_kv_heads * self.heads.expand
+        self.seen, self.rest, self.visual_units = (
+            Selection(heads, units) for heads in (self.heads.seen, self.heads.rest, self.heads.keys)
+        )
+        self.seen_queries, self.rest_queries, self.merge = (
+            Selection(heads, decoder.num_heads)
+            for heads in (self.heads.seen_queries, self.heads.rest_queries, self.heads.merge)
+        )
         wanted = {"query": work.query_heads, "key": work.key_heads, "value": work.key_heads}
         total = {"query": decoder.num_heads, "key": decoder.num_kv_heads, "value": decoder.num_kv_heads}
         self.shared = {name for name in wanted if len(wanted[name]) == total[name]}
@@ -149,14 +107,19 @@ class LaneLayer:
             self.cut_names,
             rows=[layer.outputs(name, unit_columns(wanted[name], self.head_dim)) for name in self.cut_names],
         )
-        self.cut_output = CutLinear(layer.module, ["output"], columns=unit_columns(work.query_heads, self.head_dim))
+        self.cut_output = CutLinear(
+            layer.module,
+            ["output"],
+            columns=unit_columns(work.query_heads, self.head_dim),
+            width=decoder.num_heads * self.head_dim,
+        )
         neurons = range(work.neurons) if isinstance(work.neurons, int) else work.neurons
         self.whole_ffn = len(neurons) == decoder.ffn_size
         self.has_ffn = len(neurons) > 0
         self.cut_gate, self.cut_up = (
             CutLinear(layer.module, [name], rows=[layer.outputs(name, neurons)]) for name in ("gate", "up")
         )
-        self.cut_down = CutLinear(layer.module, ["down"], columns=tuple(neurons))
+        self.cut_down = CutLinear(layer.module, ["down"], columns=tuple(neurons), width=decoder.ffn_size)
         # all rows read the same keys in the same heads: one causal attention over the whole sequence
         self.is_joint = (
             "query" in self.shared
@@ -200,12 +163,12 @@ class LaneLayer:
 
     @torch.no_grad()
     def _scores(self, query, call: Call, seen: Store):
-        """What each visual row gets of the attention of its sample's last text row, (num_visual,)."""
-        heads, last = self.heads, call.by_sample(query)[:, -1]
+        """What each visual row gets of the attention of the text row that ranks its sample's, (num_visual,)."""
+        heads, last = self.heads, call.ranking_rows(call.by_sample(query))
         readers = None
         if heads.blind is not None:
             readers = index_on(tuple(i for i, blind in enumerate(heads.blind) if not blind), last.device)
-        last = select(last, 1, heads.seen_queries)
+        last = self.seen_queries(last, 1)
         return call.by_packed(attention_received(last, seen.tensors[0], call.read_slots, readers, self.layer.scale))
 
     def _project(self, h, num_text, cos, sin):
@@ -213,13 +176,19 @@ class LaneLayer:
         (rows, heads, head_dim), rotated."""
         text, visual, both = {}, {}, {}
         has_visual = h.shape[0] > num_text
+        own = h[:num_text] if has_visual else h
         for name in ("query", "key", "value"):
-            rows = h if has_visual and name in self.shared else h[:num_text]
+            rows = h if has_visual and name in self.shared else own
+            count = rows.shape[0]
             # the fused attention kernels want rows that lie one after the other
-            y = self._apply(name, rows).contiguous().unflatten(1, (-1, self.head_dim))
+            y = self._apply(name, rows).contiguous()
+            y = y.view(count, y.shape[1] // self.head_dim, self.head_dim)
             if name != "value":
-                y = rotate(self._normed(name, y), cos[: len(y)], sin[: len(y)])
-            text[name], visual[name], both[name] = y[:num_text], y[num_text:], y
+                every = count == cos.shape[0]
+                y = rotate(self._normed(name, y), cos if every else cos[:count], sin if every else sin[:count])
+            text[name] = both[name] = y
+            if count > num_text:
+                text[name], visual[name] = y[:num_text], y[num_text:]
         if has_visual and self.cut_names:
             y = self.cut(h[num_text:]).contiguous().unflatten(1, (-1, self.head_dim))
             pieces = dict(zip(self.cut_names, y.split(self.cut_sizes, 1)))
@@ -231,7 +200,7 @@ class LaneLayer:
                 pieces.update(zip(turned, rotate(y, cos[num_text:], sin[num_text:]).split(sizes, 1)))
             visual.update(pieces)
         if self.heads.expand > 1:
-            for lane in (text, visual):
+            for lane in (text, visual) if has_visual else (text,):
                 for name in ("key", "value"):
                     lane[name] = lane[name].repeat_interleave(self.heads.expand, dim=1)
         return text, visual, both
@@ -244,7 +213,8 @@ class LaneLayer:
             return add_rows(x, 0, self._apply("output", rows.flatten(1)))
         out = self._text_attention(text["query"], call, stores).flatten(0, 1).flatten(1)
         if not (has_visual and self.work.query_heads):
-            return add_rows(x, 0, self._apply("output", out))
+            x = add_rows(x, 0, self._apply("output", out))
+            return self._add_bias(x, num_text) if has_visual and self.work.attention != "none" else x
         pattern = call.visual_pattern(self.work.attention, self.work.stores)
         if self.heads.visual_keys is not None:
             keys, values = (select(t, 2, self.heads.visual_keys) for t in (keys, values))
@@ -253,6 +223,15 @@ class LaneLayer:
             return add_rows(x, 0, self._apply("output", torch.cat([out, seen])))
         x = add_rows(x, 0, self._apply("output", out))
         return add_rows(x, num_text, self.cut_output(seen))
+
+    def _add_bias(self, x, num_text):
+        """Visual rows that attend in no head still get what the output projection makes of nothing: its bias."""
+        module = self.layer.module("output")
+        if is_plain(module):
+            _, bias = tensors(module)
+        else:
+            bias = module(x.new_zeros(1, self.cut_output.width))[0]
+        return x if bias is None else add_rows(x, num_text, bias.expand(x.shape[0] - num_text, -1))
 
     def _store(self, text, visual, call: Call, stores, has_visual: bool):
         """Append the call's keys and values; returns the keys and values that visual queries read."""
@@ -267,9 +246,9 @@ class LaneLayer:
             new_visual = {"key": call.visual_by_sample(visual["key"]), "value": call.visual_by_sample(values)}
         past_rest = rest.tensors if rest.length else None
         if heads.rest:
-            rest.append(*(select(new_text[name], 2, heads.rest) for name in ("key", "value")))
+            rest.append(*(self.rest(new_text[name], 2) for name in ("key", "value")))
         if heads.seen:
-            new = [select(new_text[name], 2, heads.seen) for name in ("key", "value")]
+            new = [self.seen(new_text[name], 2) for name in ("key", "value")]
             if new_visual:
                 new = [torch.cat([new_visual[name], t], 1) for name, t in zip(("key", "value"), new)]
             return seen.append(*new)
@@ -278,8 +257,8 @@ class LaneLayer:
         # nobody reads these keys after the call: they are joined with the text's and forgotten
         joined = []
         for index, name in enumerate(("key", "value")):
-            past = [] if past_rest is None else [select(past_rest[index], 2, heads.keys)]
-            joined.append(torch.cat([*past, new_visual[name], select(new_text[name], 2, heads.keys)], 1))
+            past = [] if past_rest is None else [self.visual_units(past_rest[index], 2)]
+            joined.append(torch.cat([*past, new_visual[name], self.visual_units(new_text[name], 2)], 1))
         return joined
 
     def _text_attention(self, query, call: Call, stores):
@@ -288,21 +267,21 @@ class LaneLayer:
         attention = self.backend.text_attention
         seen = rest = None
         if heads.seen:
-            part = select(query, 2, heads.seen_queries)
+            part = self.seen_queries(query, 2)
             seen = attention(part, *stores[0].tensors, call.text_pattern(True, heads.blind), scale)
         if heads.rest:
-            part = select(query, 2, heads.rest_queries)
+            part = self.rest_queries(query, 2)
             rest = attention(part, *stores[1].tensors, call.text_pattern(False), scale)
         if seen is None or rest is None:
             return rest if seen is None else seen
-        return select(torch.cat([seen, rest], 2), 2, heads.merge)
+        return self.merge(torch.cat([seen, rest], 2), 2)
 
     def _feed_forward(self, x, num_text):
         has_visual = x.shape[0] > num_text
         shared = has_visual and self.whole_ffn
         cut = has_visual and self.has_ffn and not self.whole_ffn
-        h = self.layer.module("post_norm")(x if shared or cut else x[:num_text])
-        rows = h if shared else h[:num_text]
+        h = self.layer.module("post_norm")(x if shared or cut or not has_visual else x[:num_text])
+        rows = h[:num_text] if cut else h
         activation = self.layer.module("activation")
         inner = activation(self._apply("gate", rows)) * self._apply("up", rows)
         x = add_rows(x, 0, self._apply("down", inner))
@@ -321,32 +300,27 @@ class LaneExecutor:
         zero = plan.semantics == "zero"
         work = schedule(plan, decoder.num_heads, decoder.num_kv_heads, decoder.ffn_size)
         self.layers = [LaneLayer(layer, w, decoder, zero, backend) for layer, w in zip(decoder.layers, work)]
+        self.kept_cuts = KeptCuts(cut for lane in self.layers for cut in lane.cuts)
         self.last_use = max((i for i, lane in enumerate(self.layers) if lane.uses_visual), default=-1)
 
     @property
-    def extra_bytes(self) -> int:
-        """Bytes of weight copies made so far."""
-        return sum(cut.extra_bytes for lane in self.layers for cut in lane.cuts)
-
-    @property
     def checkpoints(self) -> bool:
-        return any(lane.layer.checkpoints for lane in self.layers)
-
-    def refresh(self) -> None:
-        """Bring the weight cuts up to date with the parameters; a compiled `run` needs it before."""
-        for lane in self.layers:
-            for cut in lane.cuts:
-                cut.refresh()
+        return torch.is_grad_enabled() and any(lane.layer.checkpoints for lane in self.layers)
 
     @property
     def drops(self) -> bool:
         """Whether visual tokens leave between layers: the tables behind depend on values then."""
         return any(lane.work.tokens is not None for lane in self.layers)
 
-    def check(self, packing: Packing) -> None:
+    @property
+    def ranks_by_text(self) -> bool:
+        """Whether a text row decides which visual tokens go on somewhere."""
+        return any(lane.scores_tokens for lane in self.layers)
+
+    def check(self, packing: Packing, ranks: np.ndarray | None = None) -> None:
         """Raise LayoutError for a call that the plan cannot run on."""
-        if any(lane.scores_tokens for lane in self.layers):
-            check_text_follows(packing)
+        if self.ranks_by_text:
+            check_text_follows(packing, ranks)
 
     def new_cache_layers(self, batch: int) -> list[LaneCacheLayer]:
         """Layers between which no token leaves hold the same tokens, and share a book."""
@@ -380,14 +354,14 @@ class LaneExecutor:
         """
         x, cos, sin = call.split(hidden, cos, sin)
         # passed: where tokens left, all visual rows before and which of them went on
-        whole, stopped, passed = call, None, []
+        whole, stopped, passed, recording = call, None, [], torch.is_grad_enabled()
         for index, lane in enumerate(self.layers):
             if collect is not None:
                 collect.append(_merged(whole, hidden, x, stopped, passed).clone())
             if index == self.last_use + 1:
                 x, stopped = x[: call.num_text], x[call.num_text :]
-            if lane.layer.checkpoints:
-                x, scores = checkpoint(lane, x, call, cos, sin, use_reentrant=False)
+            if recording and lane.layer.checkpoints:
+                x, scores = checkpoint(_on_a_copy, lane, x, call, cos, sin, use_reentrant=False)
             else:
                 x, scores = lane(x, call, cos, sin, cache_layers[index] if cache_layers else None)
             if index < len(added) and x.shape[0] > call.num_text:
@@ -415,6 +389,11 @@ class LaneExecutor:
         return choose(budget, index, call.in_sequence.visual, None if scores is None else on_host(scores))
 
 
+def _on_a_copy(lane: LaneLayer, x: torch.Tensor, *args):
+    """A layer's run that leaves its input as it is: checkpointing runs it again from there."""
+    return lane(x if x.requires_grad else x.clone(), *args)
+
+
 def _merged(call: Call, hidden, x, stopped, passed) -> torch.Tensor:
     """The lanes' rows in the shape of `hidden`; rows that left have the value they had then."""
     if passed:
@@ -440,7 +419,7 @@ def add_rows(x: torch.Tensor, start: int, delta: torch.Tensor) -> torch.Tensor:
     """x with `delta` added to its rows from `start` on; in place unless gradients are recorded."""
     stop = start + delta.shape[0]
     if not (x.requires_grad or delta.requires_grad):
-        x[start:stop].add_(delta)
+        (x if delta.shape[0] == x.shape[0] else x[start:stop]).add_(delta)
         return x
     if stop - start == x.shape[0]:
         return x + delta

@@ -67,15 +67,32 @@ def left_by_layer(budgets: Iterable[TokenBudget | None], layout: VisualLayout) -
     return layers
 
 
-def check_text_follows(packing: Packing) -> None:
-    """Raise LayoutError where a visual token of the call has no text after it, and so nothing to score it."""
+def ranking_rows(packing: Packing, prompt_ends: np.ndarray) -> np.ndarray | None:
+    """(batch,) the text row that ranks each sample's visual tokens: the last one of the prompt; None if that is the
+    call's last row in all samples.
+
+    prompt_ends: (batch,) columns of the sequence behind the prompts; what a call holds beyond is an answer or a draft,
+    on which no choice may depend. Samples without text of the prompt in the call count on their last row.
+    """
+    columns = packing.text_columns + packing.past
+    asked = packing.text_valid & (columns < prompt_ends[:, None])
+    last = columns.shape[1] - 1
+    rows = np.where(asked.any(1), last - asked[:, ::-1].argmax(1), last)
+    return None if (rows == last).all() else rows
+
+
+def check_text_follows(packing: Packing, ranks: np.ndarray | None = None) -> None:
+    """Raise LayoutError where a visual token of the call has no text after it (of the prompt, if `ranks` says where it
+    ends), and so nothing to score it."""
     if not packing.num_visual:
         return
     last = np.where(packing.text_valid, packing.text_columns, -1).max(1, initial=-1)
+    if ranks is not None:
+        last = packing.text_columns[np.arange(packing.batch), ranks]
     late = packing.visual.column - packing.past > last[packing.visual.sample]
     if late.any():
         sample, column = packing.visual.sample[late][0], packing.visual.column[late][0]
         raise LayoutError(
             f"tokens: got a call with the visual token at position {column} of sample {sample} and no text after it, "
-            "expected text after the images of every call (by attention, the call's last text row chooses)"
+            "expected text of the prompt after the images of every call (by attention, its last row chooses)"
         )

@@ -3,7 +3,8 @@
 A cut of a plain `nn.Linear` is a view where its rows or columns follow one another, a contiguous copy otherwise
 (its bytes are reported by `vis_sparse.inspect`). The parameters themselves are never touched: `state_dict`,
 `save_pretrained`, optimizers and `unpatch` see the original tensors. Everything that is not a plain linear layer on
-a real device (LoRA, quantised, offloaded, sharded) is called whole and its output is cut: slower, never wrong.
+a real device (LoRA, quantised, offloaded) is called whole and its output is cut: slower, never wrong.
+Whether a kept copy is still what the parameters say is decided in `kept_cuts.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+# Multiply-adds from which oneDNN's product is ahead of `linear`: it costs 10 us or more whatever it multiplies
+# (docs/speed.md has the measurement; `python -m vis_sparse.eval.bench_products` makes it).
+_ONE_DNN_FROM = 2**20
 # `weight @ x.T` beats `x @ weight.T` in MKL while there are few rows (it blocks over the long side of the result):
 # 1.1 to 1.2 times at 64 rows, 1.07 at 576, width 4096. At 1 to 8 rows the two are equal.
 _MIN_ROWS = 16
@@ -26,14 +30,16 @@ _ONE_DNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backend
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x @ weight.T + bias` for x (rows, in) and weight (out, in), by the routine that is fastest on the device.
 
-    On a CPU in fp32 that is oneDNN's where it may be used (1 to 3.5 times as fast as `linear`, most at 4 to 16 rows),
-    and else the better order of the operands. The result (rows, out) may be laid out column by column.
+    On a CPU in fp32 that is oneDNN's for large products, where it may be used (1 to 3.5 times as fast as `linear`, most
+    at 4 to 16 rows), and else the better order of the operands. The result (rows, out) may be laid out column by
+    column.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
-    if _suits_one_dnn(x, weight):
+    rows = x.shape[0]
+    if rows * weight.numel() >= _ONE_DNN_FROM and _suits_one_dnn(x, weight):
         return _ONE_DNN(x, weight, bias, "none", [], "")
-    if x.shape[0] < _MIN_ROWS:
+    if rows < _MIN_ROWS:
         return F.linear(x, weight, bias)
     out = torch.mm(weight, x.t()).t()
     return out if bias is None else out + bias
@@ -45,7 +51,6 @@ def _suits_one_dnn(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         _ONE_DNN is not None
         and torch.backends.mkldnn.enabled
-        and x.shape[0] > 0
         and x.is_contiguous()
         and weight.is_contiguous()
         and weight.dtype == torch.float32
@@ -63,33 +68,68 @@ if _ONE_DNN is not None:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether the weight may be used directly instead of calling the module."""
+    """Whether the weight may be used directly instead of calling the module: nobody listens to its calls.
+
+    Hooks on all modules at once, which counters and profilers set, are not asked: they would change what they count.
+    """
+    held = vars(module)  # asked for every product: attributes of modules are slow
     return (
         type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not hasattr(module, "_hf_hook")
-        and "forward" not in vars(module)
+        and type(held["_parameters"].get("weight")) is nn.Parameter
+        and not held["_forward_hooks"]
+        and not held["_forward_pre_hooks"]
+        and not held["_backward_hooks"]
+        and not held["_backward_pre_hooks"]
+        and "_hf_hook" not in held
+        and "forward" not in held
     )
 
 
 def apply(module: nn.Module, x: torch.Tensor, outputs: range | None = None) -> torch.Tensor:
     """The linear layer on x (rows, in). outputs: of a fused projection, those that are wanted; None: all."""
     if outputs is None:
-        return product(x, module.weight, module.bias) if is_plain(module) else module(x)
+        return product(x, *tensors(module)) if is_plain(module) else module(x)
     if not is_plain(module):
         return select(module(x), 1, outputs)
-    bias = None if module.bias is None else select(module.bias, 0, outputs)
-    return product(x, select(module.weight, 0, outputs), bias)
+    weight, bias = tensors(module)
+    return product(x, select(weight, 0, outputs), None if bias is None else select(bias, 0, outputs))
+
+
+def tensors(module: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of a plain linear layer."""
+    parameters = module._parameters
+    return parameters["weight"], parameters["bias"]
+
+
+def follow(indices: Sequence[int]) -> bool:
+    """Whether the indices follow one another: what they select is a view."""
+    first = indices[0] if len(indices) else 0
+    return list(indices) == list(range(first, first + len(indices)))
+
+
+class Selection:
+    """Indices of a dimension of some size, sorted out once. Called with a tensor and the dimension it gives the tensor
+    itself if they are all of it, a view if they follow one another, else a copy."""
+
+    def __init__(self, indices: Sequence[int], size: int):
+        self.indices, self._size = tuple(indices), len(indices)
+        self._first = (self.indices[0] if self.indices else 0) if follow(indices) else None
+        self._is_whole = self._first is not None and self._size == size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __call__(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        if self._is_whole:
+            return x
+        if self._first is None:
+            return x.index_select(dim, index_on(self.indices, x.device))
+        return x.narrow(dim, self._first, self._size)
 
 
 def select(x: torch.Tensor, dim: int, indices: Sequence[int]) -> torch.Tensor:
-    """x at `indices` along `dim`: x itself if they are all of it, a view if they follow one another, else a copy."""
-    first = indices[0] if len(indices) else 0
-    if list(indices) == list(range(first, first + len(indices))):
-        return x if len(indices) == x.shape[dim] else x.narrow(dim, first, len(indices))
-    return x.index_select(dim, index_on(tuple(indices), x.device))
+    """x at `indices` along `dim`, for once (`Selection`)."""
+    return Selection(indices, x.shape[dim])(x, dim)
 
 
 @lru_cache(maxsize=4096)
@@ -105,13 +145,13 @@ def unit_columns(units: Sequence[int], width: int) -> tuple[int, ...]:
 
 
 class CutLinear:
-    """Linear layers side by side, cut to some outputs (`rows`, a list for each layer) or inputs (`columns`).
+    """Linear layers side by side, cut to some outputs (`rows`, a list for each layer) or inputs (`columns` of `width`).
 
     find(name) gives a layer's module; it is asked in every call, since adapters may replace modules. Called with
     x (n, in) it gives (n, sum of the layers' outputs); with `columns`, x holds those inputs only.
-    The cut weight is kept until a parameter changes (optimizer step, loading, moving), and is cut anew in every call
-    while gradients are recorded, so that they reach the parameters. A compiled call cannot look for changes: `refresh`
-    does it before.
+    A view is made in every call: kept, it would hold on to the storage that a parameter had once. A copy is kept by
+    `keep` and used until `forget`; without one the weight is cut in every call, as it is while gradients are recorded
+    for it, so that they reach the parameters.
     """
 
     def __init__(
@@ -120,45 +160,40 @@ class CutLinear:
         names: Sequence[str],
         rows: Sequence[Sequence[int]] | None = None,
         columns: Sequence[int] | None = None,
+        width: int = 0,
     ):
-        self._find, self._names, self._rows, self._columns = find, tuple(names), rows, columns
-        self._key = None
-        self._weight = self._bias = None
+        self._find, self._names, self._rows, self._columns, self.width = find, tuple(names), rows, columns, width
+        self._kept: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        pieces = [columns] if rows is None else rows
+        self.copies = bool(names) and any(map(len, pieces)) and (len(names) > 1 or not follow(pieces[0]))
+
+    def __getstate__(self):
+        return {**vars(self), "_kept": None}  # a copy of the model makes its own
+
+    def modules(self) -> list[nn.Module]:
+        return [self._find(name) for name in self._names]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        modules = [self._find(name) for name in self._names]
+        modules = self.modules()
         if not all(map(is_plain, modules)):
             return self._whole(x, modules)
-        if torch.is_grad_enabled() and any(m.weight.requires_grad for m in modules):
+        if self._kept is None or records_gradients(modules):
             return product(x, *self._cut(modules))
-        if not torch.compiler.is_compiling():
-            self._keep(modules)
-        return product(x, self._weight, self._bias)
+        return product(x, *self._kept)
 
-    @torch.compiler.disable
-    def refresh(self) -> None:
-        """Bring the kept cut up to date with the parameters."""
-        modules = [self._find(name) for name in self._names]
-        if modules and all(map(is_plain, modules)):
-            self._keep(modules)
+    def keep(self, modules: Sequence[nn.Module]) -> None:
+        """Cut the weights of plain `modules` and keep the copy."""
+        # a tensor made in inference mode could not serve a later call that records gradients
+        with torch.inference_mode(False), torch.no_grad():
+            self._kept = self._cut(modules)
 
-    def _keep(self, modules) -> None:
-        key = tuple(_state(p) for m in modules for p in (m.weight, m.bias) if p is not None)
-        if key != self._key:
-            # a tensor made in inference mode could not serve a later call that records gradients
-            with torch.inference_mode(False), torch.no_grad():
-                self._weight, self._bias = self._cut(modules)
-            self._key = key
+    def forget(self) -> None:
+        self._kept = None
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes of the kept copy; 0 if the cut is a view or has not been made."""
-        if self._weight is None:
-            return 0
-        pieces = [t for t in (self._weight, self._bias) if t is not None]
-        parameters = [p for name in self._names for p in self._find(name).parameters()]
-        owned = {p.untyped_storage().data_ptr() for p in parameters}
-        return sum(t.numel() * t.element_size() for t in pieces if t.untyped_storage().data_ptr() not in owned)
+        """Bytes of the kept copy."""
+        return sum(t.numel() * t.element_size() for t in self._kept or () if t is not None)
 
     def _cut(self, modules):
         if self._columns is not None:
@@ -176,16 +211,15 @@ class CutLinear:
     def _whole(self, x, modules):
         if self._columns is not None:
             (module,) = modules
-            full = x.new_zeros(x.shape[0], module.in_features)
-            columns = torch.tensor(self._columns, device=x.device)
-            return module(full.index_copy(1, columns, x))
+            full = x.new_zeros(x.shape[0], self.width)
+            return module(full.index_copy(1, index_on(tuple(self._columns), x.device), x))
         return _join([select(m(x), 1, rows) for m, rows in zip(modules, self._rows)], dim=1)
+
+
+def records_gradients(modules: Sequence[nn.Module]) -> bool:
+    """Whether gradients are recorded for a weight or bias of these layers."""
+    return torch.is_grad_enabled() and any(p.requires_grad for m in modules for p in m.parameters(recurse=False))
 
 
 def _join(pieces: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
-
-
-def _state(parameter: torch.Tensor) -> tuple:
-    version = -1 if parameter.is_inference() else parameter._version
-    return parameter.data_ptr(), version, parameter.dtype, parameter.device

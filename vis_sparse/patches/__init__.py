@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike
 from torch import nn
 
+from ..cost.flops import flops
+from ..executor.lanes import Decoder
 from ..kernels import get_backend
 from ..layout.layout import VisualLayout
 from ..plans.budgets import resolve_heads
 from ..plans.files import as_plan
+from ..plans.layer_plan import PlanError
 from ..plans.plan import PlanRecipe, VisualPlan
 from ..plans.scores import Calibration
+from .calibrated import check_heads_file, checked_calibration
 from .decoder import read_decoder
 from .errors import PatchError
 from .family import Family
@@ -25,7 +30,10 @@ from .llava import LLAVA, VIP_LLAVA
 from .llava_next import LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION
 from .original_llava import ORIGINAL_LLAVA
 from .qwen_vl import QWEN2_VL, QWEN3_VL
+from .scopes import hold
 from .state import PatchState
+from .verify import check_behaviour
+from .wraps import check_devices, check_no_wrapper
 
 FAMILIES = (
     LLAVA,
@@ -46,52 +54,92 @@ def family_of(model: nn.Module) -> Family:
     for family in FAMILIES:
         if names.intersection(family.classes):
             return family
+    if isinstance(model, nn.Module):
+        check_no_wrapper(model)
     supported = ", ".join(name for family in FAMILIES for name in family.classes)
     raise PatchError(f"model: got {type(model).__name__}, expected one of {supported}")
 
 
-def _state(model: nn.Module) -> PatchState | None:
+def _base(model: nn.Module) -> nn.Module:
+    """The model inside PEFT's wrappers, which put adapters into its layers."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _text_model(model: nn.Module) -> nn.Module:
+    model = _base(model)
     family = family_of(model)
-    return getattr(family.text_model(family.outer_model(model)), "_vis_sparse", None)
+    return family.text_model(family.outer_model(model))
+
+
+def _state(model: nn.Module) -> PatchState | None:
+    return getattr(_text_model(model), "_vis_sparse", None)
+
+
+Plan = VisualPlan | PlanRecipe | str | Path
 
 
 def patch(
     model: nn.Module,
-    plan: VisualPlan | PlanRecipe | str | Path = "auto",
+    plan: Plan | Mapping[str, Plan] = "auto",
     *,
     heads: str | Path | ArrayLike | None = None,
     calibration: Calibration | str | Path | None = None,
     backend: str = "auto",
+    verify: bool = True,
 ) -> nn.Module:
     """Make `model` compute on its visual tokens only what `plan` asks for. In place; returns the model.
 
     plan: a plan, a recipe, a shipped plan's name or a YAML file; "auto" is the family's conservative, training-free
-    plan. heads: for plans with head budgets, a file or array (layers, heads) of masks or scores; "first" keeps the
-    first heads (random weights only). calibration: a `Calibration` or its file, for head and neuron budgets. backend:
-    "auto" (Triton on a GPU, torch elsewhere), "torch", "triton", "flex" or "reference" (docs/kernels.md).
+    plan. Several by names of your own: the first is the one that calls run under, unless they say another
+    (`use_plan`, `generate(..., vis_sparse_plan=name)`). heads: for plans with head budgets, a file or array (layers,
+    heads) of masks or scores; "first" keeps the first heads (random weights only). calibration: a `Calibration` or its
+    file, for head and neuron budgets. backend: "auto" (Triton on a GPU, torch elsewhere), "torch", "triton", "flex" or
+    "reference" (docs/kernels.md). verify: run the text model once on a few rows, as it is and in lanes that compute
+    everything, and refuse it if they differ; once a model, not on the meta device.
 
     A second patch replaces the first. Weights are not changed. Raises PatchError for a model that is not supported
     and PlanError for a plan that does not fit it; the model is then as it was.
     """
+    model, whole = _base(model), model
     family = family_of(model)
     outer = family.outer_model(model)
-    devices = set((getattr(model, "hf_device_map", None) or {"": 0}).values())
-    if len(devices) > 1:
-        raise PatchError(f"model: got a device map over {len(devices)} devices, expected a model on one device")
+    check_devices(getattr(model, "hf_device_map", None))
+    family.check(outer)
     decoder = read_decoder(family.text_model(outer))
+    calibration = checked_calibration(calibration, model, family.text_model(outer), decoder)
+    check_heads_file(heads, model, family.text_model(outer))
+    given = plan if isinstance(plan, Mapping) else {None: plan}
+    if not given or not all(isinstance(name, str) for name in given if isinstance(plan, Mapping)):
+        raise PlanError(f"plan: got {plan!r}, expected a plan, or plans by name")
+    plans = {name: _resolved(family, each, decoder, heads, calibration) for name, each in given.items()}
+    if not isinstance(plan, Mapping):
+        plans = {only.name: only for only in plans.values()}
+    try:
+        kernels = get_backend(backend)
+    except ValueError as error:
+        raise PatchError(str(error)) from None
+    state, before = PatchState(family, model, decoder, plans, kernels), _state(model)
+    if before is not None:
+        before.remove()
+    try:
+        if verify:
+            check_behaviour(state.text_model, decoder, kernels)
+        state.install()
+    except BaseException:
+        if before is not None:
+            before.install()
+        raise
+    return whole
+
+
+def _resolved(family: Family, plan: Plan, decoder: Decoder, heads, calibration) -> VisualPlan:
+    """A plan for the decoder, its budgets turned into masks and indices."""
     name = family.auto_plan if isinstance(plan, str) and plan == "auto" else plan
     resolved = as_plan(name, len(decoder.layers))
     resolved.check_fits(len(decoder.layers), decoder.num_heads, decoder.ffn_size)
     resolved = resolve_heads(resolved, decoder.num_heads, decoder.num_kv_heads, heads, calibration)
     resolved.check_fits(len(decoder.layers), decoder.num_heads, decoder.ffn_size)
-    try:
-        kernels = get_backend(backend)
-    except ValueError as error:
-        raise PatchError(str(error)) from None
-    state = PatchState(family, outer, decoder, resolved, kernels)
-    unpatch(model)
-    state.install()
-    return model
+    return resolved
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -105,15 +153,16 @@ def unpatch(model: nn.Module) -> nn.Module:
 @contextmanager
 def patched(
     model: nn.Module,
-    plan: VisualPlan | PlanRecipe | str | Path = "auto",
+    plan: Plan | Mapping[str, Plan] = "auto",
     *,
     heads: str | Path | ArrayLike | None = None,
     calibration: Calibration | str | Path | None = None,
     backend: str = "auto",
+    verify: bool = True,
 ) -> Iterator[nn.Module]:
     """`patch` for the length of a `with` block; afterwards the model is as it was, an earlier patch included."""
     before = _state(model)
-    patch(model, plan, heads=heads, calibration=calibration, backend=backend)
+    patch(model, plan, heads=heads, calibration=calibration, backend=backend, verify=verify)
     try:
         yield model
     finally:
@@ -147,16 +196,44 @@ def use_layout(model: nn.Module, layout: VisualLayout) -> Iterator[None]:
     """Tell a patched model where the visual tokens lie, for callers who merge image embeddings themselves.
 
     layout: positions are columns of the padded batch, counted from the start of the whole sequence (cached columns
-    included), so that one layout serves prefill, its chunks and decode. Raises PatchError on an unpatched model.
+    included), so that one layout serves prefill, its chunks and decode. It holds for calls made inside the block, in
+    this thread or task; held open by a generator, for calls from inside the generator. Raises PatchError on an
+    unpatched model.
     """
-    state = _state(model)
-    if state is None:
-        raise PatchError("use_layout: got a model that is not patched, expected vis_sparse.patch(model) before")
-    before, state.given = state.given, layout
-    try:
+    with hold(_patched_text_model(model, "use_layout"), "layout", layout):
         yield
-    finally:
-        state.given = before
+
+
+@contextmanager
+def use_plan(model: nn.Module, name: str) -> Iterator[None]:
+    """Calls inside the block run under plan `name`, one of those given to `patch(model, {name: plan, ...})`.
+
+    A KV cache belongs to the plan it was filled under: without this, calls with a cache run under its plan; with it, a
+    cache of another plan is refused. Raises PatchError on an unpatched model and for a name that it does not have.
+    """
+    text_model, plans = _patched_text_model(model, "use_plan"), _state(model).plans
+    if name not in plans:
+        raise PatchError(f"plan: got {name!r}, expected one of {', '.join(plans)}, those given to patch")
+    with hold(text_model, "plan", name):
+        yield
+
+
+@contextmanager
+def use_prompt(model: nn.Module, length: int | Sequence[int]) -> Iterator[None]:
+    """Tell a patched model where its prompts end, for calls that hold answers too (log-likelihoods without labels).
+
+    length: columns of the prompt, padding and cached columns included; one, or one a sample. Plans whose tokens go on
+    `by: attention` choose them by the prompt's last text row. `generate` and calls with labels know it themselves;
+    otherwise a call is taken for a prompt. Raises PatchError on an unpatched model.
+    """
+    with hold(_patched_text_model(model, "use_prompt"), "prompt_ends", np.atleast_1d(length)):
+        yield
+
+
+def _patched_text_model(model: nn.Module, asked_by: str) -> nn.Module:
+    if _state(model) is None:
+        raise PatchError(f"{asked_by}: got a model that is not patched, expected vis_sparse.patch(model) before")
+    return _text_model(model)
 
 
 @dataclass(frozen=True)
@@ -173,26 +250,27 @@ class LastCall:
 def inspect(model: nn.Module) -> dict[str, Any] | None:
     """What a patched model does; None if it is not patched.
 
-    plan, backend; extra_bytes: weight copies made so far; last_call: segments and lengths of the last call in lanes;
-    flops, flops_dense: the decoder's executed FLOPs of that call and those of the dense plan, if it was a whole prompt
-    with visual tokens.
+    plan: of the last call in lanes, the default one before; plans: all, by name; backend; extra_bytes: weight copies
+    kept now; last_call: segments and lengths of the last call in lanes; flops, flops_dense: the decoder's executed
+    FLOPs of the last whole prompt with visual tokens, and those of the dense plan, if there was one.
     """
     state = _state(model)
     if state is None:
         return None
-    counted, last, packing = {}, None, state.last
+    name, packing = state.last or (state.default, None)
+    counted, last = {}, None
     if packing is not None:
         last = LastCall(packing.layout, packing.length, packing.past, packing.num_text // packing.batch)
-    if last is not None and last.layout.segments and not last.past:
-        from ..cost.flops import flops
-
-        layout = packing.layout_without_padding()
-        for name, plan in (("flops", state.plan), ("flops_dense", VisualPlan.dense(state.plan.num_layers))):
-            counted[name] = flops(model, plan, layout=layout, text_tokens=last.text_length).total
+    if state.last_prompt is not None:
+        asked, prompt = state.last_prompt
+        plans = {"flops": state.plans[asked], "flops_dense": VisualPlan.dense(len(state.text_model.layers))}
+        settings = {"layout": prompt.layout_without_padding(), "text_tokens": prompt.num_text // prompt.batch}
+        counted = {kind: flops(_base(model), plan, **settings).total for kind, plan in plans.items()}
     return {
-        "plan": state.plan,
+        "plan": state.plans[name],
+        "plans": dict(state.plans),
         "backend": state.backend.name,
-        "extra_bytes": state.executor.extra_bytes,
+        "extra_bytes": sum(executor.kept_cuts.bytes for executor in state.executors.values()),
         "last_call": last,
         **counted,
     }

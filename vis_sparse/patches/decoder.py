@@ -10,6 +10,7 @@ from torch import nn
 
 from ..executor.lanes import Decoder, DecoderLayer
 from .errors import PatchError
+from .wraps import check_layers
 
 # the linear layers (and activation) of an attention module and of an FFN in each known structure, and their parts
 _ATTENTION = (
@@ -27,33 +28,63 @@ _NORMS = {"q_norm": ("query_norm",), "k_norm": ("key_norm",)}
 def read_decoder(text_model: nn.Module) -> Decoder:
     """The executor's view of `text_model` (LlamaModel, MistralModel, Qwen2Model, ...).
 
-    Raises PatchError if its layers have another structure, slide their attention window or drop attention weights.
+    A sliding window is full attention as long as it is not full, which calls check. Raises PatchError if the layers
+    have another structure or drop attention weights.
     """
     config, name = text_model.config, type(text_model).__name__
     kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
-    if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
-        raise PatchError(
-            f"{name}: got attention {', '.join(sorted(kinds))} with sliding_window="
-            f"{getattr(config, 'sliding_window', None)}, expected full attention in every layer"
-        )
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        raise PatchError(f"{name}: got attention {', '.join(sorted(kinds))}, expected full attention in every layer")
     if getattr(config, "attention_dropout", 0.0):
         raise PatchError(f"{name}: got attention_dropout={config.attention_dropout}, expected 0")
-    if any(getattr(config, place, 0.0) for place in ("resid_pdrop", "embd_pdrop")):
-        raise PatchError(f"{name}: got resid_pdrop={config.resid_pdrop}, embd_pdrop={config.embd_pdrop}, expected 0")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    for place in ("resid_pdrop", "embd_pdrop"):
+        if getattr(config, place, 0.0):
+            raise PatchError(f"{name}: got {place}={getattr(config, place)}, expected 0")
+    layers, norm, rotary = (_part(text_model, part, name) for part in ("layers", "norm", "rotary_emb"))
+    for layer in layers:
+        for part in ("self_attn", "mlp"):
+            _part(layer, part, name)
+    if len(layers) != config.num_hidden_layers:
+        raise PatchError(f"{name}: got {len(layers)} layers, expected the {config.num_hidden_layers} of its config")
+    check_layers(layers)
+    for layer in layers:
+        _known(layer, [_LAYER], name)
+    heads, ffn_size = (_size(config, size, name) for size in ("num_attention_heads", "intermediate_size"))
+    kv_heads = _size(config, "num_key_value_heads", name, heads)
+    head_dim = _size(config, "head_dim", name, _size(config, "hidden_size", name) // heads)
     sizes = {"query": heads * head_dim, "key": kv_heads * head_dim, "value": kv_heads * head_dim}
-    sizes |= {"gate": config.intermediate_size, "up": config.intermediate_size}
-    layers = tuple(_read_layer(layer, name, sizes, head_dim) for layer in text_model.layers)
-    rotary = text_model.rotary_emb
-    return Decoder(layers, text_model.norm, rotary, heads, kv_heads, head_dim, config.intermediate_size)
+    sizes |= {"gate": ffn_size, "up": ffn_size}
+    read = tuple(_read_layer(layer, name, sizes, head_dim) for layer in layers)
+    return Decoder(read, norm, rotary, heads, kv_heads, head_dim, ffn_size)
+
+
+def _part(owner: nn.Module, part: str, name: str) -> nn.Module:
+    module = getattr(owner, part, None)
+    if not isinstance(module, nn.Module):
+        raise PatchError(
+            f"{name}: got a {type(owner).__name__} without {part}, expected a pre-norm decoder like Llama's"
+        )
+    return module
+
+
+def _size(config, size: str, name: str, default: int | None = None) -> int:
+    """A setting that holds for all layers. default: what it is where a config has none."""
+    try:
+        value = getattr(config, size, None)
+    except RuntimeError:  # transformers' configs with other sizes in some layers
+        value = "several"
+    value = default if value is None else value
+    if not isinstance(value, int):
+        given = "no" if value is None else f"{value} values of"
+        raise PatchError(f"{name}: got {given} {size} in its config, expected one number for all layers")
+    return value
 
 
 def _read_layer(layer: nn.Module, name: str, sizes: dict[str, int], head_dim: int) -> DecoderLayer:
     attention, ffn = layer.self_attn, layer.mlp
     norms = _NORMS if hasattr(attention, "q_norm") else {}
     places = [
-        (layer, _known(layer, [_LAYER], name)),
+        (layer, _LAYER),
         (attention, _known(attention, [structure | norms for structure in _ATTENTION], name)),
         (ffn, _known(ffn, _FFN, name)),
     ]
@@ -69,16 +100,19 @@ def _read_layer(layer: nn.Module, name: str, sizes: dict[str, int], head_dim: in
         width = tuple(getattr(attention, place).weight.shape)
         if width != (head_dim,):
             raise PatchError(f"{name}: got a {place} of shape {width}, expected a norm of each head, ({head_dim},)")
-    return DecoderLayer(parts, attention.scaling, fused)
+    scale = getattr(attention, "scaling", None)
+    if not isinstance(scale, float):
+        raise PatchError(f"{name}: got a {type(attention).__name__} with scaling={scale!r}, expected a number")
+    return DecoderLayer(parts, scale, fused)
 
 
 def _known(module: nn.Module, structures, name: str) -> dict[str, tuple[str, ...]]:
-    """The structure that `module` has: all of its places, and no other child with weights."""
-    children = {place for place, child in module.named_children() if any(True for _ in child.parameters())}
-    children -= {"self_attn", "mlp"}
+    """The structure that `module` has: all of its places, and no other child with state, be it buffers alone."""
+    children = {place for place, child in module.named_children() if child.state_dict()} - {"self_attn", "mlp"}
     for structure in structures:
         weightless = {place for place in structure if place.startswith("act")}
         if children == structure.keys() - weightless and all(hasattr(module, place) for place in weightless):
             return structure
     known = " or ".join(", ".join(structure) for structure in structures)
-    raise PatchError(f"{name}: got a {type(module).__name__} with {', '.join(sorted(children))}, expected {known}")
+    given = ", ".join(sorted(children)) or "no weights in its modules"
+    raise PatchError(f"{name}: got a {type(module).__name__} with {given}, expected {known}")

@@ -5,7 +5,18 @@ from __future__ import annotations
 from torch import nn
 
 from ..layout.layout import LayoutError
+from .errors import PatchError
 from .placeholders import Grid, Visual, family
+
+
+def check_tower(outer: nn.Module) -> None:
+    """Raises PatchError for towers that put tokens between the rows of an image."""
+    kind = outer.config.vision_config.model_type
+    if kind == "pixtral":
+        raise PatchError(
+            f"vision_config: got a {kind} tower, whose rows of patches have break tokens between them, expected one "
+            "whose patches lie in a row (CLIP, SigLIP)"
+        )
 
 
 def check_strategy(outer: nn.Module, arguments: dict) -> None:
@@ -20,8 +31,12 @@ def check_strategy(outer: nn.Module, arguments: dict) -> None:
 
 
 def _llava_grids(outer: nn.Module, arguments: dict) -> list[Grid]:
+    grids = _vip_grids(outer, arguments)
+    strategy = arguments.get("vision_feature_select_strategy") or outer.config.vision_feature_select_strategy
+    if strategy == "full" and outer.config.vision_config.model_type == "clip_vision_model":
+        return [each for grid in grids for each in ((1, 1, 1), grid)]  # the class token is kept
     check_strategy(outer, arguments)
-    return _vip_grids(outer, arguments)
+    return grids
 
 
 def _vip_grids(outer: nn.Module, arguments: dict) -> list[Grid]:
@@ -31,6 +46,8 @@ def _vip_grids(outer: nn.Module, arguments: dict) -> list[Grid]:
     return [(1, height // patch, width // patch)] * len(pixels)
 
 
-LLAVA = family("LlavaForConditionalGeneration", "LlavaModel", image=Visual("pixel_values", _llava_grids))
+LLAVA = family(
+    "LlavaForConditionalGeneration", "LlavaModel", check=check_tower, image=Visual("pixel_values", _llava_grids)
+)
 # always without the class token
 VIP_LLAVA = family("VipLlavaForConditionalGeneration", "VipLlavaModel", image=Visual("pixel_values", _vip_grids))

@@ -6,7 +6,6 @@ The layout comes from that splicing: in a call of `forward` it happens inside, i
 from __future__ import annotations
 
 import ast
-import functools
 from operator import attrgetter
 from pathlib import Path
 
@@ -20,11 +19,11 @@ from ..layout.layout import LayoutError, VisualLayout
 from ..plans.budgets import load_heads
 from ..plans.layer_plan import PlanError
 from ..plans.plan import VisualPlan
-from .family import Family
+from .family import Family, prompt_ends
 from .placeholders import Grid
+from .scopes import held
 
 _IMAGE_TOKEN = -200
-_SPLICED = "_vis_sparse_spliced"
 _SETTINGS = ("attncut_w", "layercut_num", "mlpcut_ratio")
 
 
@@ -47,37 +46,34 @@ def released_plan(model: nn.Module, heads: str | Path | ArrayLike) -> VisualPlan
 
 
 def _read_layout(outer: nn.Module, arguments: dict, past: int) -> VisualLayout | None:
-    spliced = getattr(outer, _SPLICED, None)
-    if arguments.get("input_ids") is not None or spliced is None:
+    generating = held(outer.model, "generating")
+    if arguments.get("input_ids") is not None or generating is None or generating.layout is None:
         return None
-    return spliced.expanded(len(arguments["inputs_embeds"]))
+    return generating.layout.expanded(len(arguments["inputs_embeds"]))
 
 
-def _noting_layout(prepare):
-    @functools.wraps(prepare)
-    def wrapped(self, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None):
-        given = (input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes)
-        prepared = prepare(self, *given)
-        if prepared[4] is not None:
-            layout = _layout(self, input_ids, attention_mask, images, image_sizes)
-            self.model._vis_sparse.layout = layout
-            if hasattr(self, _SPLICED):
-                setattr(self, _SPLICED, layout)
-        return prepared
+def _note_layout(
+    state, plain, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
+):
+    """The splicing of features, after which layout and prompt are known."""
+    prepared = plain(input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes)
+    _, _, _, _, embeds, spliced_labels = prepared
+    if embeds is not None:
+        layout = _layout(state.outer, input_ids, attention_mask, images, image_sizes)
+        if state.running is not None:
+            state.running.layout = layout
+            state.running.prompt_ends = None if spliced_labels is None else prompt_ends(spliced_labels)
+        generating = held(state.text_model, "generating")
+        if generating is not None:
+            generating.layout, generating.prompt_ends = layout, np.array([embeds.shape[1]])
+    return prepared
 
-    return wrapped
 
-
-def _keeping_layout(generate):
-    @functools.wraps(generate)
-    def wrapped(self, inputs=None, *args, **kwargs):
-        setattr(self, _SPLICED, None if inputs is None else VisualLayout(len(inputs)))
-        try:
-            return generate(self, inputs, *args, **kwargs)
-        finally:
-            delattr(self, _SPLICED)
-
-    return wrapped
+def _generate(state, plain, inputs=None, *args, **kwargs):
+    # without images nothing is spliced: a prompt of text
+    if inputs is not None:
+        held(state.text_model, "generating").layout = VisualLayout(len(inputs))
+    return plain(inputs, *args, **kwargs)
 
 
 def _layout(outer, input_ids, attention_mask, images, image_sizes) -> VisualLayout:
@@ -153,10 +149,14 @@ def _tiled(config, image_size, tile: int, side: int, unpads: bool) -> Grid:
     return 1, rows, columns + 1
 
 
+def itself(model: nn.Module) -> nn.Module:
+    return model
+
+
 ORIGINAL_LLAVA = Family(
     ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM"),
     _read_layout,
-    {"prepare_inputs_labels_for_multimodal": _noting_layout, "generate": _keeping_layout},
-    outer_model=lambda model: model,
+    {"prepare_inputs_labels_for_multimodal": _note_layout, "generate": _generate},
+    outer_model=itself,
     text_model=attrgetter("model"),
 )

@@ -7,18 +7,18 @@ of a patched model note the grids on what they return.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
 
+from ..executor.transformers_internals import note_grids, noted_grids
 from ..layout.layout import LayoutError, VisualLayout
-from .family import Family
+from .family import Family, bound, fits
+from .scopes import held
 
 Grid = tuple[int, int, int]
-_NOTE = "vis_sparse_grids"
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,15 @@ class Visual:
     grids: Callable[[nn.Module, dict], list[Grid]]
 
 
-def family(*classes: str, **visuals: Visual) -> Family:
+def family(*classes: str, check: Callable[[nn.Module], None] = fits, **visuals: Visual) -> Family:
     """The family of `classes` with its modalities by transformers' names: image=, video=.
 
     Placeholders are the config's `image_token_id`, `video_token_id`; encoders `get_image_features`, ...
     """
-    methods = {f"get_{name}_features": functools.partial(_noting, visual=visual) for name, visual in visuals.items()}
-    return Family(classes, functools.partial(_read_layout, visuals), methods)
+    methods = {
+        (method := f"get_{name}_features"): functools.partial(_note, visual, method) for name, visual in visuals.items()
+    }
+    return Family(classes, functools.partial(_read_layout, visuals), methods, check=check)
 
 
 def _read_layout(visuals: dict[str, Visual], outer, arguments: dict, past: int) -> VisualLayout | None:
@@ -59,12 +61,13 @@ def _grids(visual: Visual, name: str, outer, arguments: dict) -> list[Grid]:
     encoded = (arguments.get("mm_encoder_outputs") or {}).get(name)
     if encoded is None:
         return [] if arguments.get(visual.pixels) is None else visual.grids(outer, arguments)
-    if not hasattr(encoded, _NOTE):
+    grids = noted_grids(encoded)
+    if grids is None:
         raise LayoutError(
             f"mm_encoder_outputs: got {name} features that do not tell their grids, expected those of the patched "
             f"model's get_{name}_features, whole (prefill_chunk_size=None)"
         )
-    return getattr(encoded, _NOTE)
+    return grids
 
 
 def _columns(is_placeholder) -> list[np.ndarray]:
@@ -103,15 +106,12 @@ def _size(grid: Grid) -> int:
     return grid[0] * grid[1] * grid[2]
 
 
-def _noting(encoder: Callable, visual: Visual) -> Callable:
-    """The encoder method `encoder`, which notes the grids of what it encoded on its output."""
-    signature = inspect.signature(encoder)
-
-    @functools.wraps(encoder)
-    def encode(self, *args, **kwargs):
-        output = encoder(self, *args, **kwargs)
-        arguments = signature.bind_partial(self, *args, **kwargs).arguments
-        setattr(output, _NOTE, visual.grids(self, arguments | arguments.pop("kwargs", {})))
-        return output
-
-    return encode
+def _note(visual: Visual, name: str, state, plain: Callable, *args, **kwargs):
+    """An encoder method, which notes the grids of what it encoded on its output."""
+    wants_tuple = kwargs.get("return_dict") is False
+    output = plain(*args, **(kwargs | {"return_dict": True} if wants_tuple else kwargs))
+    method = getattr(type(state.outer), name)
+    # `generate` hands the output on, and hooks of accelerate hand on a copy
+    travels = held(state.text_model, "generating") is not None
+    note_grids(output, visual.grids(state.outer, bound(method, state.outer, args, kwargs)), travels and not wants_tuple)
+    return output.to_tuple() if wants_tuple else output

@@ -1,82 +1,190 @@
-"""What a patched model carries: the plan's executor, and the forward that hands its text model's calls to it."""
+"""What a patched model carries: an executor a plan, and the functions that hand the model's calls to it.
+
+Nothing here is a call's own: what a call brings is held by `scopes`, in the cache that it passes, or on the stack.
+"""
 
 from __future__ import annotations
 
-import inspect
-import types
+import functools
 import warnings
+from collections.abc import Mapping
+from contextvars import ContextVar
 
 import numpy as np
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..executor.cache import LaneCacheLayer
 from ..executor.call import Call
+from ..executor.kept_calls import KeptCalls
 from ..executor.lanes import Decoder, LaneExecutor
+from ..executor.tokens import ranking_rows
+from ..executor.transformers_internals import cache_layers, holds_lanes, new_cache, set_cache_layers
 from ..kernels import Backend
 from ..layout.layout import LayoutError, VisualLayout
 from ..layout.packing import Packing, pack, text_coordinates
 from ..plans.plan import VisualPlan
+from .arguments import check_arguments, host_mask
 from .errors import PatchError
-from .family import Family
+from .family import Family, Running, bound, prompt_ends
+from .scopes import held, hold
+from .wraps import check_devices, check_layers
 
-_KEPT_CALLS = 16
+# What a compiler that wants one graph of a whole patched model is told.
+_AROUND_LANES = (
+    "vis_sparse finds layouts and caches of a call on the host; use torch.compile(model) without fullgraph=True: what "
+    "runs in lanes is compiled inside"
+)
+
+# The call of an outer model that runs in this context.
+_RUNNING: ContextVar[tuple[PatchState, Running] | None] = ContextVar("vis_sparse_running", default=None)
 
 
 class PatchState:
-    """Lives on the text model as `_vis_sparse`. Hooks on the outer model read the layout, `forward` uses it."""
+    """Lives on the text model as `_vis_sparse`, from `install` to `remove`.
 
-    def __init__(self, family: Family, outer: nn.Module, decoder: Decoder, plan: VisualPlan, backend: Backend):
-        self.family, self.outer, self.plan, self.backend = family, outer, plan, backend
-        self.text_model = family.text_model(outer)
-        self.executor = LaneExecutor(decoder, plan, backend)
-        self.given: VisualLayout | None = None
-        self.last: Packing | None = None  # of the last call that ran in lanes
-        self.layout: VisualLayout | None = None  # of the running call of the outer model
-        self._calls: dict = {}
+    plans: by name, heads resolved; the first is the one that calls run under which name none.
+    """
+
+    def __init__(
+        self, family: Family, model: nn.Module, decoder: Decoder, plans: Mapping[str, VisualPlan], backend: Backend
+    ):
+        self.family, self.model, self.backend = family, model, backend
+        self.outer = family.outer_model(model)
+        self.text_model = family.text_model(self.outer)
+        self.plans = dict(plans)
+        self.executors = {name: LaneExecutor(decoder, plan, backend) for name, plan in plans.items()}
+        self.default = next(iter(plans))
+        # plan and tables of the last call that ran in lanes, and of the last whole prompt among them: to look at
+        self.last: tuple[str, Packing] | None = None
+        self.last_prompt: tuple[str, Packing] | None = None
+        self._blocks = _blocks(self.text_model)
+        self.kept_calls = KeptCalls()
         self._warned = False
-        self._signature = inspect.signature(type(outer).forward)
+
+    # Installing
 
     def install(self) -> None:
-        text_model = self.text_model
-        self._plain_forward = text_model.forward
-        text_model._vis_sparse = self
         self._replaced: list[tuple[nn.Module, str, object]] = []
-        self._replace(text_model, "forward", _forward)
-        for name, wrap in self.family.methods.items():
-            self._replace(self.outer, name, wrap(getattr(type(self.outer), name)))
-        self._handles = [
-            self.outer.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.outer.register_forward_hook(self._after, always_call=True),
-        ]
+        self._plain_forward = self.text_model.forward
+        self.text_model._vis_sparse = self
+        self._replace(self.text_model, "forward", _text_forward)
+        self._replace(self.text_model, "_apply", _apply)
+        self._replace(self.text_model, "_replicate_for_data_parallel", _refuse_replicas)
+        for name, function in self.family.methods.items():
+            self._replace(self.outer, name, function)
+        self._replace(self.outer, "forward", _outer_forward)
+        if self.model is not self.outer:
+            self._replace(self.model, "forward", _labelled_forward)
+        if hasattr(self.model, "generate"):
+            self._replace(self.model, "generate", _generate)
 
     def _replace(self, module: nn.Module, name: str, function) -> None:
+        """Set `module.name` to `function(state, plain, ...)`, plain: what stood there. A partial: those pickle."""
+        plain = getattr(module, name)
+        replaced = functools.partial(function, self, plain)
         self._replaced.append((module, name, vars(module).get(name)))
-        setattr(module, name, types.MethodType(function, module))
+        setattr(module, name, functools.update_wrapper(replaced, plain, ("__name__", "__doc__"), ()))
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
         del self.text_model._vis_sparse
-        for module, name, previous in self._replaced:
+        for module, name, previous in reversed(self._replaced):
             if previous is None:
                 delattr(module, name)
             else:
                 setattr(module, name, previous)
+        self._replaced = []
+
+    # The plan and the layout of a call
+
+    def plan_of(self, cache) -> str:
+        """The name of the plan that a call runs under: the one asked for, that of its cache, or the default."""
+        asked = held(self.text_model, "plan")
+        if asked is not None and asked not in self.plans:
+            raise PatchError(f"plan: got {asked!r}, expected one of {', '.join(self.plans)}, those given to patch")
+        if not holds_lanes(cache):
+            return self.default if asked is None else asked
+        plan = cache_layers(cache)[0].book.plan
+        name = next((name for name, own in self.plans.items() if own == plan), None)
+        if name is None or asked is not None and self.plans[asked] != plan:
+            expected = f"plan {asked!r}" if asked else " or ".join(f"plan {own!r}" for own in self.plans)
+            raise PatchError(
+                f"past_key_values: got a cache filled under plan {plan.name!r} with other heads or layers, expected "
+                f"one filled under {expected}"
+            )
+        return name if asked is None else asked
+
+    @property
+    def running(self) -> Running | None:
+        """What is known of the call of the outer model that runs in this context."""
+        running = _RUNNING.get()
+        return running[1] if running is not None and running[0] is self else None
+
+    def layout_of(self, batch: int, length: int, past: int, without_ids: bool) -> VisualLayout:
+        """The segments of a call: what `use_layout` says around it, or else what it tells itself."""
+        layout = None if self.running is None else self.running.layout
+        given = held(self.text_model, "layout")
+        if given is not None:
+            layout = given.expanded(batch)
+        if layout is None:
+            if without_ids and length > 1 and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    "vis_sparse: inputs_embeds without input_ids: where the visual tokens lie is unknown, so this "
+                    "call runs dense; give the layout with vis_sparse.use_layout(model, layout) around the call, in "
+                    "the thread or generator that makes it",
+                    stacklevel=3,
+                )
+            return VisualLayout(batch)
+        if layout.batch_size != batch:
+            raise LayoutError(f"layout: got {layout.batch_size} samples, expected the call's batch of {batch}")
+        return layout.window(past, past + length)
+
+    def prompt_ends(self, batch: int) -> np.ndarray | None:
+        """(batch,) columns behind the prompts, as labels, `use_prompt` or `generate` say; None if nobody does."""
+        ends = None if self.running is None else self.running.prompt_ends
+        if ends is None:
+            ends = held(self.text_model, "prompt_ends")
+        generating = held(self.text_model, "generating")
+        if ends is None and generating is not None:
+            ends = generating.prompt_ends
+        if ends is None:
+            return None
+        if batch % len(ends):
+            raise PatchError(f"prompt: got {len(ends)} lengths, expected one, or one for each of {batch} samples")
+        return ends.repeat(batch // len(ends))
+
+    # The text model's forward
 
     @torch.compiler.disable
-    def _before(self, outer, args, kwargs):
-        arguments = self._signature.bind_partial(outer, *args, **kwargs).arguments
-        arguments.update(arguments.pop("kwargs", {}))
-        past = arguments.get("past_key_values")
-        self.layout = self.family.read_layout(outer, arguments, 0 if past is None else past.get_seq_length())
+    def _checked(self, batch, length, attention_mask, position_ids, cache, without_ids, kwargs):
+        """(plan's name, layout, cached columns, host mask) of a call in lanes; None if the original forward runs it."""
+        past = 0 if cache is None else cache.get_seq_length()
+        layout = self.layout_of(batch, length, past, without_ids)
+        in_lanes = holds_lanes(cache)
+        given = held(self.text_model, "layout")
+        if past and not in_lanes and given is not None and given.before(past).segments:
+            raise LayoutError(
+                f"past_key_values: got a plain cache of {past} columns with visual segments of the layout in them, "
+                "expected a cache that this patched model filled"
+            )
+        if not (layout.segments or in_lanes):
+            return None
+        check_arguments(self.text_model.config, attention_mask, position_ids, cache, length, past, kwargs)
+        if layout.segments:
+            check_devices(getattr(self.model, "hf_device_map", None))
+            check_layers(self.text_model.layers)
+        self._check_structure()
+        name = self.plan_of(cache)
+        executor = self.executors[name]
+        if cache is not None and executor.checkpoints:
+            raise PatchError("past_key_values: got a cache under gradient checkpointing, expected none")
+        if layout.segments:
+            executor.kept_cuts.refresh()
+        mask = host_mask(attention_mask, past + length)
+        return name, layout, past, mask
 
-    def _after(self, outer, args, output):
-        self.layout = None
-
-    @torch.compiler.disable(recursive=False)
     def forward(
         self,
         input_ids=None,
@@ -88,17 +196,9 @@ class PatchState:
         **kwargs,
     ):
         """The text model's forward: in lanes if visual tokens are in the call or in the cache, the original if not."""
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        batch, length = tokens.shape[:2]
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        layout = self._call_layout(batch, length, past, input_ids is None)
-        in_lanes = past_key_values is not None and any(isinstance(c, LaneCacheLayer) for c in past_key_values.layers)
-        if past and not in_lanes and self.given is not None and self.given.before(past).segments:
-            raise LayoutError(
-                f"past_key_values: got a plain cache of {past} columns with visual segments of the layout in them, "
-                "expected a cache that this patched model filled"
-            )
-        if not (layout.segments or in_lanes):
+        batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        checked = self._checked(batch, length, attention_mask, position_ids, past_key_values, input_ids is None, kwargs)
+        if checked is None:
             return self._plain_forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -108,42 +208,36 @@ class PatchState:
                 use_cache=use_cache,
                 **kwargs,
             )
-        config = self.text_model.config
-        _check_supported(config, attention_mask, past_key_values, kwargs)
+        name, layout, past, mask = checked
+        executor, config = self.executors[name], self.text_model.config
         if inputs_embeds is None:
             inputs_embeds = self.text_model.embed_tokens(input_ids)
         use_cache = config.use_cache if use_cache is None else use_cache
-        if use_cache and self.executor.checkpoints:
+        if use_cache and executor.checkpoints:
             warnings.warn("vis_sparse: use_cache=True has no effect under gradient checkpointing", stacklevel=3)
             use_cache = False
-        if past_key_values is not None and self.executor.checkpoints:
-            raise PatchError("past_key_values: got a cache under gradient checkpointing, expected none")
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
-        mask = _host_mask(attention_mask, past + length)
-        layers = None
-        if past_key_values is not None:
-            layers = self._cache_layers(past_key_values, batch, past, mask)
-        call = self._call(layout, length, past, mask, layers, inputs_embeds.device)
-        if layout.segments:
-            self.executor.refresh()
+            past_key_values = new_cache(config)
+        call, layers = self._call(name, layout, length, past, mask, past_key_values, inputs_embeds.device)
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
         if position_ids.dim() == 3:
             position_ids = position_ids[-3:]  # of M-RoPE; a plane of text positions may lie before them
         elif "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
             position_ids = position_ids.expand(3, -1, -1)  # older transformers' M-RoPE takes nothing else
-        cos, sin = self.executor.decoder.rotary(inputs_embeds, position_ids=position_ids)
+        cos, sin = self.text_model.rotary_emb(inputs_embeds, position_ids=position_ids)
         wants_hidden = kwargs.get("output_hidden_states")
         wants_hidden = config.output_hidden_states if wants_hidden is None else wants_hidden
         collected = [] if wants_hidden else None
         added = _added(kwargs.get("deepstack_visual_embeds"), layout, inputs_embeds)
         # the first run of a call builds the tables that its backend needs, which no compiler should look into
         run = LaneExecutor.run if call.has_run else _run_eagerly
-        hidden = run(self.executor, inputs_embeds, cos, sin, call, layers, collected, added)
-        call.has_run = not self.executor.drops  # where tokens leave, a call has tables of its own
-        hidden = self.executor.decoder.norm(hidden)
-        self.last = call.packing
+        hidden = run(executor, inputs_embeds, cos, sin, call, layers, collected, added)
+        call.has_run = not executor.drops  # where tokens leave, a call has tables of its own
+        hidden = self.text_model.norm(hidden)
+        self.last = name, call.packing
+        if layout.segments and not past:
+            self.last_prompt = self.last
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=past_key_values if use_cache else None,
@@ -151,35 +245,51 @@ class PatchState:
         )
         return output.to_tuple() if kwargs.get("return_dict") is False else output
 
-    @torch.compiler.disable
-    def _call_layout(self, batch: int, length: int, past: int, without_ids: bool) -> VisualLayout:
-        layout = self.layout
-        if self.given is not None:
-            layout = self.given.expanded(batch)
-        if layout is None:
-            if without_ids and length > 1 and not self._warned:
-                self._warned = True
-                warnings.warn(
-                    "vis_sparse: inputs_embeds without input_ids: where the visual tokens lie is unknown, so this "
-                    "call runs dense; give the layout with vis_sparse.use_layout(model, layout)",
-                    stacklevel=3,
+    def _check_structure(self) -> None:
+        """Raise PatchError if decoder layers are not those that were patched."""
+        for index, (now, then) in enumerate(zip(_blocks(self.text_model), self._blocks)):
+            if now != then:
+                raise PatchError(
+                    f"layers: got another layer {index} than at vis_sparse.patch, expected the same decoder (patch the "
+                    "model again after changing its structure)"
                 )
-            return VisualLayout(batch)
-        if layout.batch_size != batch:
-            raise LayoutError(f"layout: got {layout.batch_size} samples, expected the call's batch of {batch}")
-        return layout.window(past, past + length)
+        for number in (len(self.text_model.layers), self.text_model.config.num_hidden_layers):
+            if number == len(self._blocks):
+                continue
+            raise PatchError(
+                f"layers: got {number}, expected the {len(self._blocks)} there were at "
+                "vis_sparse.patch (patch the model again after changing its structure)"
+            )
 
     @torch.compiler.disable
-    def _cache_layers(self, cache, batch: int, past: int, mask: np.ndarray | None) -> list[LaneCacheLayer]:
+    def _call(self, name, layout, length, past, mask, cache, device) -> tuple[Call, list[LaneCacheLayer] | None]:
+        """The call's tables, and the cache's lane layers; tables of a first call are kept, since prompts repeat their
+        layout."""
+        executor, batch = self.executors[name], layout.batch_size
+        layers = None if cache is None else self._cache_layers(name, cache, batch, past, mask)
+        ends = self.prompt_ends(batch) if executor.ranks_by_text and layout.segments else None
+        asked = (None if table is None else table.tobytes() for table in (mask, ends))
+        key = None if past else (name, layout, length, device, *asked)
+        call = None if key is None else self.kept_calls.get(key)
+        if call is None:
+            packing = pack(layout, length, past, None if mask is None else mask[:, past:])
+            ranks = None if ends is None else ranking_rows(packing, ends)
+            executor.check(packing, ranks)
+            book = layers[0].book if layers else executor.new_cache_layers(batch)[0].book
+            book.append(packing.slots(), length)
+            call = Call.over(packing, book, mask, device, ranks)
+            if key is not None:
+                self.kept_calls.keep(key, call)
+        elif layers is not None:
+            layers[0].book.append(call.packing.slots(), length)
+        return call, layers
+
+    def _cache_layers(self, name, cache, batch: int, past: int, mask: np.ndarray | None) -> list[LaneCacheLayer]:
         """The cache's lane layers; a plain cache becomes one, with its tokens as text."""
-        if any(isinstance(layer, LaneCacheLayer) for layer in cache.layers):
-            if cache.layers[0].book.plan != self.plan:
-                raise PatchError(
-                    f"past_key_values: got a cache filled under plan {cache.layers[0].book.plan.name!r} with other "
-                    f"heads or layers, expected one filled under the model's plan {self.plan.name!r}"
-                )
-            return cache.layers
-        layers = self.executor.new_cache_layers(batch)
+        if holds_lanes(cache):
+            return cache_layers(cache)
+        executor = self.executors[name]
+        layers = executor.new_cache_layers(batch)
         if past:
             column = np.broadcast_to(np.arange(past), (batch, past))
             sample = np.broadcast_to(np.arange(batch)[:, None], column.shape)
@@ -187,30 +297,9 @@ class PatchState:
             for layer in layers:
                 if layer.leads:
                     layer.book.append(text_coordinates(sample, column, valid), past)
-            self.executor.adopt([(layer.keys, layer.values) for layer in cache.layers], layers)
-        cache.layers = layers
+            executor.adopt([(layer.keys, layer.values) for layer in cache_layers(cache)], layers)
+        set_cache_layers(cache, layers)
         return layers
-
-    @torch.compiler.disable
-    def _call(self, layout, length, past, mask, cache_layers, device) -> Call:
-        """The call's tables; those of a first call are kept, since prompts repeat their layout."""
-        key = None if past else (layout, length, None if mask is None else mask.tobytes(), device)
-        call = self._calls.get(key)
-        if call is None:
-            packing = pack(layout, length, past, None if mask is None else mask[:, past:])
-            self.executor.check(packing)
-            book = self.executor.new_cache_layers(layout.batch_size)[0].book
-            if cache_layers is not None:
-                book = cache_layers[0].book
-            book.append(packing.slots(), length)
-            call = Call.over(packing, book, mask, device)
-            if key is not None:
-                if len(self._calls) >= _KEPT_CALLS:
-                    self._calls.pop(next(iter(self._calls)))
-                self._calls[key] = call
-        elif cache_layers is not None:
-            cache_layers[0].book.append(call.packing.slots(), length)
-        return call
 
 
 @torch.compiler.disable
@@ -218,8 +307,9 @@ def _run_eagerly(executor, *args):
     return executor.run(*args)
 
 
-def _forward(self, *args, **kwargs):
-    return self._vis_sparse.forward(*args, **kwargs)
+def _blocks(text_model: nn.Module) -> list[tuple[nn.Module, nn.Module, nn.Module, float]]:
+    """The modules of each decoder layer that parts are looked up in, and the scale of its attention scores."""
+    return [(layer, layer.self_attn, layer.mlp, layer.self_attn.scaling) for layer in text_model.layers]
 
 
 def _added(deepstack, layout: VisualLayout, embeds: torch.Tensor) -> list[torch.Tensor]:
@@ -233,34 +323,71 @@ def _added(deepstack, layout: VisualLayout, embeds: torch.Tensor) -> list[torch.
     return added
 
 
+# What stands in the model's places. Each takes the state and what stood there before.
+
+
+@torch.compiler.disable(recursive=False, reason=_AROUND_LANES)
+def _text_forward(state: PatchState, plain, *args, **kwargs):
+    return state.forward(*args, **kwargs)
+
+
+@torch.compiler.disable(recursive=False, reason=_AROUND_LANES)
+def _outer_forward(state: PatchState, plain, *args, **kwargs):
+    """The outer model's forward, within which its layout is known."""
+    running = Running()
+    token = _RUNNING.set((state, running))
+    try:
+        running.layout = _read_layout(state, args, kwargs)
+        return plain(*args, **kwargs)
+    finally:
+        _RUNNING.reset(token)
+
+
 @torch.compiler.disable
-def _host_mask(attention_mask, columns: int) -> np.ndarray | None:
-    """(batch, columns) bool on the host, or None if nothing is padding."""
-    if attention_mask is None:
-        return None
-    if attention_mask.shape[1] != columns:
-        raise PatchError(
-            f"attention_mask: got {attention_mask.shape[1]} columns, expected {columns} (cached ones and the call's)"
-        )
-    mask = attention_mask.cpu().numpy().astype(bool)
-    return None if mask.all() else mask
+def _read_layout(state: PatchState, args, kwargs) -> VisualLayout | None:
+    arguments = bound(type(state.outer).forward, state.outer, args, kwargs)
+    past = arguments.get("past_key_values")
+    return state.family.read_layout(state.outer, arguments, 0 if past is None else past.get_seq_length())
 
 
-def _check_supported(config, attention_mask, cache, kwargs) -> None:
-    plain = cache is None or all(type(c) is DynamicLayer or isinstance(c, LaneCacheLayer) for c in cache.layers)
-    if not isinstance(cache, DynamicCache | None) or not plain or getattr(cache, "offloading", False):
+@torch.compiler.disable(recursive=False, reason=_AROUND_LANES)
+def _labelled_forward(state: PatchState, plain, *args, **kwargs):
+    """The whole model's forward: labels tell where the prompt ends."""
+    labels = kwargs.get("labels")
+    if labels is None or not any(executor.ranks_by_text for executor in state.executors.values()):
+        return plain(*args, **kwargs)
+    past = kwargs.get("past_key_values")
+    with hold(state.text_model, "prompt_ends", prompt_ends(labels) + (0 if past is None else past.get_seq_length())):
+        return plain(*args, **kwargs)
+
+
+def _generate(state: PatchState, plain, *args, vis_sparse_plan: str | None = None, **kwargs):
+    """The model's `generate`, under a plan if one is named, with the prompt's length known to all its calls."""
+    given = (*(kwargs.get(name) for name in ("inputs_embeds", "input_ids", "inputs")), *args[:1])
+    prompt = next((each for each in given if isinstance(each, torch.Tensor)), None)
+    if vis_sparse_plan is not None and vis_sparse_plan not in state.plans:
         raise PatchError(
-            f"past_key_values: got {type(cache).__name__}, expected a DynamicCache (a static, quantised or offloaded "
-            "cache cannot hold the lanes)"
+            f"vis_sparse_plan: got {vis_sparse_plan!r}, expected one of {', '.join(state.plans)}, those given to patch"
         )
-    attentions = kwargs.get("output_attentions")
-    if config.output_attentions if attentions is None else attentions:
-        raise PatchError(
-            "output_attentions: got True on a patched model, expected False (no attention matrix is ever formed; "
-            "unpatch the model to get them)"
-        )
-    if kwargs.get("cu_seq_lens_q") is not None:
-        raise PatchError("cu_seq_lens_q: got packed sequences, expected one sequence a batch row")
-    if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.dim() != 2):
-        given = "a dict" if isinstance(attention_mask, dict) else f"{attention_mask.dim()} dimensions"
-        raise PatchError(f"attention_mask: got {given}, expected 2 dimensions (batch, columns) of ones and zeros")
+    asked = held(state.text_model, "plan") if vis_sparse_plan is None else vis_sparse_plan
+    # where the outer model splices features in, its columns are known later, and noted then
+    spliced = state.model is state.outer or prompt is None
+    generating = Running(prompt_ends=None if spliced else np.array([prompt.shape[1]]))
+    with hold(state.text_model, "plan", asked), hold(state.text_model, "generating", generating):
+        return plain(*args, **kwargs)
+
+
+def _apply(state: PatchState, plain, *args, **kwargs):
+    """`to`, `half`, `cuda`, ... of the text model: copies of the old weights go at once."""
+    try:
+        return plain(*args, **kwargs)
+    finally:
+        for executor in state.executors.values():
+            executor.kept_cuts.forget()
+
+
+def _refuse_replicas(state: PatchState, plain):
+    raise PatchError(
+        "DataParallel: got a patched model to replicate over threads, expected DistributedDataParallel, or a model "
+        "patched in each process"
+    )

@@ -1,0 +1,108 @@
+"""What `vis_sparse` uses of transformers beyond its documented face, in one place: what a new release may change.
+
+Written against transformers 5.10 to 5.23.
+"""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import nn
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+OLDEST = "5.10"
+_NOTE = "vis_sparse_grids"
+
+if Version(transformers.__version__) < Version(OLDEST):
+    raise ImportError(f"transformers: got {transformers.__version__}, expected {OLDEST} or newer")
+
+
+class LaneLayerBase(CacheLayerMixin):
+    """What a layer of a transformers cache must have, for one that holds lanes: lengths, and no `keys` and `values`.
+
+    Code that looks for those finds an error that says what is there instead.
+    """
+
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self):
+        self.is_initialized = True
+
+    def _no_tensor(self):
+        raise AttributeError(
+            "keys, values: this cache layer holds lanes of a model patched by vis_sparse (text and visual slots apart, "
+            "other heads for each); expected code that uses the cache's methods, or a cache of the unpatched model"
+        )
+
+    keys = property(_no_tensor)
+    values = property(_no_tensor)
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # the name before transformers 5.20
+
+    def offload(self):
+        raise NotImplementedError("offload: got a cache layer that holds lanes, expected one of an unpatched model")
+
+    prefetch = offload
+
+    def lazy_initialization(self, key_states, value_states) -> None:
+        """Nothing to do: the stores take their shape from the first call."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        raise RuntimeError(
+            "cache: this KV cache holds the lanes of a model patched by vis_sparse, got a call from an unpatched "
+            "forward; expected the patched model, or a new cache after unpatch"
+        )
+
+
+def new_cache(config) -> DynamicCache:
+    return DynamicCache(config=config)
+
+
+def cache_layers(cache) -> list:
+    """The layers of a cache; [] for none."""
+    return [] if cache is None else cache.layers
+
+
+def set_cache_layers(cache, layers: list) -> None:
+    cache.layers = layers
+
+
+def holds_lanes(cache) -> bool:
+    return any(isinstance(layer, LaneLayerBase) for layer in cache_layers(cache))
+
+
+def holds_plain_or_lanes(cache) -> bool:
+    """Whether lanes can live in a cache: none, or a DynamicCache whose layers are plain (a sliding window is, until it
+    is full) or lanes."""
+    if cache is None:
+        return True
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    plain = all(type(layer) in kinds or isinstance(layer, LaneLayerBase) for layer in cache_layers(cache))
+    return isinstance(cache, DynamicCache) and plain and not getattr(cache, "offloading", False)
+
+
+def describe_cache(cache) -> str:
+    kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", ())})
+    return f"{type(cache).__name__} of {', '.join(kinds)}" if kinds else type(cache).__name__
+
+
+def keeps_no_activations(block: nn.Module) -> bool:
+    """Whether gradient checkpointing runs the block again in the backward pass."""
+    return torch.is_grad_enabled() and block.training and getattr(block, "gradient_checkpointing", False)
+
+
+def note_grids(encoded, grids: list, travels: bool = False) -> None:
+    """Write on an encoder's output the grids of what it encoded. travels: as one of its entries, which copies have."""
+    if travels:
+        encoded[_NOTE] = grids
+    else:
+        setattr(encoded, _NOTE, grids)
+
+
+def noted_grids(encoded) -> list | None:
+    return getattr(encoded, _NOTE, None)

@@ -1,0 +1,90 @@
+"""What a text model is called with: obeyed by the lanes, or refused with what to do instead."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..executor.transformers_internals import describe_cache, holds_plain_or_lanes
+from .errors import PatchError
+
+# Keyword arguments of a text model that the lanes obey, or that say nothing about its computation: what transformers'
+# outer models, `generate` and `Trainer` hand down.
+_OBEYED = ("output_hidden_states", "return_dict", "deepstack_visual_embeds")
+_SILENT = (
+    "cache_position", "visual_pos_masks", "num_items_in_batch", "mm_token_type_ids", "token_type_ids", "logits_to_keep",
+)  # fmt: skip
+# What a caller may say that is so anyway.
+_SAME = {"is_causal": True, "output_attentions": False}
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+def check_arguments(config, attention_mask, position_ids, cache, length: int, past: int, kwargs: dict) -> None:
+    """Raise PatchError for an argument of the text model that the lanes do not implement."""
+    attentions = kwargs.get("output_attentions")
+    if config.output_attentions if attentions is None else attentions:
+        raise PatchError(
+            "output_attentions: got True on a patched model, expected False (no attention matrix is ever formed; "
+            "unpatch the model to get them)"
+        )
+    hidden = kwargs.get("output_hidden_states")
+    if not isinstance(hidden, bool | None):
+        raise PatchError(f"output_hidden_states: got {_short(hidden)} on a patched model, expected True or False")
+    for name, value in kwargs.items():
+        if value is None or name in _OBEYED or name in _SILENT or name in _SAME and value == _SAME[name]:
+            continue
+        if name in _PACKED:
+            raise PatchError(f"{name}: got packed sequences, expected one sequence a batch row")
+        raise PatchError(
+            f"{name}: got {_short(value)} on a patched model, expected an argument that the lanes know "
+            f"({', '.join(_OBEYED)}); unpatch the model for calls with it"
+        )
+    if not holds_plain_or_lanes(cache):
+        raise PatchError(
+            f"past_key_values: got {describe_cache(cache)}, expected a DynamicCache (a static, quantised or offloaded "
+            "cache cannot hold the lanes)"
+        )
+    if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.dim() != 2):
+        given = "a dict" if isinstance(attention_mask, dict) else f"{attention_mask.dim()} dimensions"
+        raise PatchError(f"attention_mask: got {given}, expected 2 dimensions (batch, columns) of ones and zeros")
+    if attention_mask is None and not past:
+        _check_not_packed(position_ids)
+    window = getattr(config, "sliding_window", None)
+    if window is not None and past + length > window:
+        raise PatchError(
+            f"sliding_window: got {past + length} columns, expected at most the {window} of the model's window (lanes "
+            "have no sliding window; unpatch the model for longer sequences)"
+        )
+
+
+def _check_not_packed(position_ids: torch.Tensor | None) -> None:
+    """transformers takes positions that do not go up by one for several sequences in a row, where nothing is masked."""
+    if position_ids is None or position_ids.is_meta:
+        return
+    if position_ids.dim() == 3:
+        if position_ids.shape[0] != 4:
+            return  # M-RoPE's planes alone say nothing
+        position_ids = position_ids[0]
+    if bool((position_ids.diff(dim=-1) != 1).any()):
+        raise PatchError(
+            "position_ids: got positions that start again (samples packed in a row), expected one sequence a batch "
+            "row, or an attention_mask where positions have gaps"
+        )
+
+
+def host_mask(attention_mask: torch.Tensor | None, columns: int) -> np.ndarray | None:
+    """(batch, columns) bool on the host, or None if nothing is padding."""
+    if attention_mask is None:
+        return None
+    if attention_mask.shape[1] != columns:
+        raise PatchError(
+            f"attention_mask: got {attention_mask.shape[1]} columns, expected {columns} (cached ones and the call's)"
+        )
+    mask = attention_mask.cpu().numpy().astype(bool)
+    return None if mask.all() else mask
+
+
+def _short(value) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return repr(value) if len(repr(value)) <= 40 else f"a {type(value).__name__}"

@@ -1,0 +1,66 @@
+"""Wraps that work through calls of a whole model or decoder layer, which lanes never make: refused by name.
+
+Linear layers and norms are called, so what wraps those (adapters, quantised layers, offload hooks, parametrisations) is
+obeyed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from .errors import PatchError
+
+_INSTEAD = "patch the model, then wrap it whole (fully_shard(model), FullyShardedDataParallel, DistributedDataParallel)"
+
+
+def check_no_wrapper(model: nn.Module) -> None:
+    """Raise PatchError for a module that holds the model that is meant."""
+    if any(isinstance(model._modules.get(name), nn.Module) for name in ("module", "_fsdp_wrapped_module", "_orig_mod")):
+        raise PatchError(
+            f"model: got a {type(model).__name__}, expected the model inside it: vis_sparse.patch comes first, then "
+            "the wrapper"
+        )
+
+
+def check_devices(device_map: Mapping[str, object] | None) -> None:
+    """Raise PatchError if a `device_map` computes on several devices. What lies on the CPU or disk is loaded to one."""
+    computing = set((device_map or {}).values()) - {"cpu", "disk"}
+    if len(computing) > 1:
+        raise PatchError(
+            f"model: got a device map over {len(computing)} devices, expected one that computes on one device (the "
+            "rest may lie on the CPU or disk)"
+        )
+
+
+def check_layers(layers: nn.ModuleList) -> None:
+    """Raise PatchError where the parameters of a decoder layer are there only while the layer itself is called, or only
+    in part."""
+    for index, layer in enumerate(layers):
+        kinds = {cls.__name__ for cls in type(layer).__mro__}
+        for kind, name in (("FSDPModule", "fully_shard"), ("FullyShardedDataParallel",) * 2):
+            if kind in kinds:
+                raise PatchError(
+                    f"layers: got {name} on decoder layer {index}, which gathers its parameters when it is called; "
+                    f"lanes call its linear layers and norms alone. Expected: {_INSTEAD}"
+                )
+        for owner in (layer, layer.self_attn, layer.mlp):
+            for name, module in owner._modules.items():
+                _check_parameters(f"{name} of decoder layer {index}", owner, module)
+
+
+def _check_parameters(place: str, owner: nn.Module, module: nn.Module) -> None:
+    for parameter in module._parameters.values():
+        if parameter is None:
+            continue
+        if hasattr(parameter, "placements"):
+            raise PatchError(
+                f"layers: got {place} as a DTensor (tensor parallel, or fully_shard before vis_sparse.patch), expected "
+                f"whole ones: {_INSTEAD}"
+            )
+        if parameter.is_meta and hasattr(owner, "_hf_hook") and not hasattr(module, "_hf_hook"):
+            raise PatchError(
+                f"layers: got {place} under an offload hook of the {type(owner).__name__} around it, expected hooks on "
+                "the linear layers and norms (offload without preload_module_classes)"
+            )
