@@ -51,6 +51,7 @@ def calibrate(
     Memory does not grow with the samples but for `ratios`, 4 bytes for each head of a sample. Raises PatchError for a
     model that is patched or not supported, SampleError for a sample without visual tokens or answer.
     """
+    from ..patches.calibrated import of_weights
     from .effects import head_effects, recorded_calls
     from .probe import sensitivities
     from .profiles import Target, column_norms, profile
@@ -65,7 +66,9 @@ def calibrate(
         facts["effects"] = f"of {_EFFECT_SHARE:.1%} of the samples"
     rank, count = processes.place()
     part = "" if count == 1 else f"-{rank}-of-{count}"
-    own = Sums(None if out is None else f"{out}.partial{part}", facts, keep="ratios")
+    # a result may be of use to a model with another vision tower, its sums are not
+    exactly = facts | {"whole model": of_weights(model)}
+    own = Sums(None if out is None else f"{out}.partial{part}", exactly, keep="ratios")
     for index, sample in enumerate(samples):
         if index % count != rank or own.knows(index // count, sample):
             continue
@@ -83,6 +86,7 @@ def calibrate(
             raise SampleError(f"sample {index}: {error}") from None
         if on_sample is not None:
             on_sample(own.done)
+    own.check_all_known()
     sums = Sums.merged(processes.gathered(own))
     if not sums.done:
         raise SampleError("samples: got none, expected one at least")
@@ -105,13 +109,13 @@ def has_effects(index: int) -> bool:
 
 
 def _facts(target, data: str, max_new_tokens: int) -> dict[str, str]:
-    from .fingerprint import of_weights
+    from ..patches.calibrated import weight_facts
 
     decoder = target.decoder
     return {
         "model": Path(getattr(target.model.config, "_name_or_path", "")).name,
         "class": type(target.model).__name__,
-        "weights": of_weights(target.text_model),
+        **weight_facts(target.text_model),
         "heads": str(decoder.num_heads),
         "kv_heads": str(decoder.num_kv_heads),
         "data": data,

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .records import Record
+from .records import Record, decoded
 
 NO_LABEL = -100
 
@@ -31,12 +31,7 @@ def encode(processor, record: Record) -> dict:
 
 
 def _opened(image):
-    from PIL import Image
-
-    if not isinstance(image, str | Path):
-        return image.convert("RGB")
-    with Image.open(image) as file:
-        return file.convert("RGB")
+    return decoded(Path(image), str(image)) if isinstance(image, str | Path) else image.convert("RGB")
 
 
 def with_answer(inputs: dict, answer: torch.Tensor) -> dict:

@@ -30,7 +30,7 @@ class Sums:
         self._sums: dict[str, np.ndarray] = {}
         self._counts: dict[str, np.ndarray] = {}
         self._kept: list[np.ndarray] = []
-        self._digest, self._resumed, self._resumed_digest = "", 0, ""
+        self._digest, self._asked, self._resumed, self._resumed_digest = "", 0, 0, ""
         if self._partial is not None and self._partial.is_file():
             self._load()
 
@@ -39,30 +39,45 @@ class Sums:
         return len(self._kept)
 
     def _load(self) -> None:
-        tensors, metadata = read_tensors(self._partial)
+        try:
+            tensors, metadata = read_tensors(self._partial)
+            kept, digest = list(tensors.pop(self._keep)), metadata["digest"]
+        except (ValueError, KeyError) as error:
+            raise SampleError(
+                f"partial: {self._partial}: expected what an interrupted run left ({error}); remove the file to start "
+                "again"
+            ) from None
         changed = sorted(name for name, value in self._facts.items() if metadata.get(name) != value)
         if changed:
             raise SampleError(
                 f"partial: {self._partial} is of a run with another {', '.join(changed)}, expected the same run "
                 "(remove the file to start again)"
             )
-        self._kept = list(tensors.pop(self._keep))
+        self._kept = kept
         self._sums, self._counts = (
             {name.removeprefix(kind): array for name, array in tensors.items() if name.startswith(kind)}
             for kind in (_SUM, _COUNT)
         )
-        self._resumed, self._resumed_digest = len(self._kept), metadata["digest"]
+        self._resumed, self._resumed_digest = len(kept), digest
 
     def knows(self, index: int, sample: dict) -> bool:
         """Whether the sample was measured before an interruption. To be asked once for every sample, in order."""
         from .fingerprint import of_sample
 
-        self._digest = of_sample(sample, self._digest)
+        self._digest, self._asked = of_sample(sample, self._digest), index + 1
         if index + 1 == self._resumed and self._digest != self._resumed_digest:
             raise SampleError(
                 f"partial: {self._partial} is of other samples, expected the same ones (remove the file to start again)"
             )
         return index < self._resumed
+
+    def check_all_known(self) -> None:
+        """Raise SampleError if the run that was interrupted had more samples than this one."""
+        if self._asked < self._resumed:
+            raise SampleError(
+                f"partial: {self._partial} is of {self._resumed} samples at least, expected no more than the "
+                f"{self._asked} of this run (remove the file to start again)"
+            )
 
     def add(self, profile: dict[str, np.ndarray]) -> None:
         """Add the arrays of the sample that `knows` was asked about last."""

@@ -6,19 +6,23 @@ transformers does not know their `model_type` without remote code, which does no
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import GenerationConfig, InternVLForConditionalGeneration
+from transformers import GenerationConfig, InternVLConfig, InternVLForConditionalGeneration
 
-from ..plans.atomic_write import replaced
-from .errors import CheckpointError
-from .internvl2_format import read_config, translate
+from ..plans.atomic_write import is_file, replaced
+from ..plans.layer_plan import brief, reason
+from .errors import MALFORMED, CheckpointError
+from .internvl2_format import read_config, read_object, translate
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # tokenizers travel along; code and weights in other formats do not
@@ -38,25 +42,18 @@ def load_internvl2(
     the weights. Besides the model itself no more than one tensor is held. Raises CheckpointError for folders that
     hold something else.
     """
-    folder = Path(folder)
-    config = read_config(folder, image_token_id)
-    with torch.device("meta"):
-        model = InternVLForConditionalGeneration(config)
+    folder, config = _read(folder, image_token_id)
+    shards = _shards(folder)
+    model = _empty(config)
     text_model = model.model.language_model
     # the one module with buffers that no checkpoint holds
     text_model.rotary_emb = type(text_model.rotary_emb)(config=config.text_config)
     places = _places(model, device_map, dtype)
-    expected = set(model.state_dict())
-    for shard in _shards(folder):
-        for name, tensor in _translated(shard, config):
-            if name not in expected:
-                raise CheckpointError(f"{shard.name}: got a tensor for {name}, expected it once and in the model")
-            expected.remove(name)
+    for _, tensors in _translated(shards, config, model):
+        for name, tensor in tensors:
             owner, _, leaf = name.rpartition(".")
             kept = tensor.to(_place(name, places), dtype, copy=True)
             setattr(model.get_submodule(owner), leaf, nn.Parameter(kept, requires_grad=kept.is_floating_point()))
-    if expected:
-        raise CheckpointError(f"folder: got no tensor for {sorted(expected)[0]} and {len(expected) - 1} more")
     model.config.dtype = next(model.parameters()).dtype
     text_model.rotary_emb.to(text_model.embed_tokens.weight.device)
     model.generation_config = GenerationConfig.from_model_config(config)
@@ -70,16 +67,40 @@ def load_internvl2(
 def convert_internvl2(folder: str | Path, output: str | Path, image_token_id: int | None = None) -> None:
     """Write the checkpoint in `folder` as one that `from_pretrained` loads, shard by shard, to the folder `output`.
 
-    Arguments as in `load_internvl2`. Raises CheckpointError if `output` exists and is not empty.
+    Arguments as in `load_internvl2`. What is not finished lies in a folder beside it. Raises CheckpointError if
+    `output` exists and is not empty.
     """
-    folder, output = Path(folder), Path(output)
-    config = read_config(folder, image_token_id)
-    if output.is_dir() and any(output.iterdir()):
-        raise CheckpointError(f"output: got {output} with files in it, expected a new or an empty folder")
-    output.mkdir(parents=True, exist_ok=True)
-    shards, weight_map, size = _shards(folder), {}, 0
-    for shard in shards:
-        tensors = {name: tensor.contiguous() for name, tensor in _translated(shard, config)}
+    folder, config = _read(folder, image_token_id)
+    shards = _shards(folder)
+    with _new_folder(output) as output:
+        _write(folder, config, shards, output)
+
+
+@contextmanager
+def _new_folder(output: str | Path) -> Iterator[Path]:
+    """A folder to write to; at the end of the block it becomes `output`, at an error it is gone."""
+    try:
+        output = Path(output)
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise CheckpointError(f"output: got {output} with files in it, expected a new or an empty folder")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except (OSError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"output: got {brief(output)}, expected a folder to write ({reason(error)})") from None
+    try:
+        yield new
+        new.chmod(0o755)
+        os.replace(new, output)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _write(folder: Path, config, shards: list[Path], output: Path) -> None:
+    weight_map, size = {}, 0
+    for shard, translated in _translated(shards, config, _empty(config)):
+        tensors = {name: tensor.contiguous() for name, tensor in translated}
         weight_map |= dict.fromkeys(tensors, shard.name)
         size += sum(tensor.nbytes for tensor in tensors.values())
         with replaced(output / shard.name) as new:
@@ -100,17 +121,60 @@ def _shards(folder: Path) -> list[Path]:
         return [folder / _SINGLE]
     if not (folder / _INDEX).is_file():
         raise CheckpointError(f"folder: got {folder}, expected {_SINGLE} or {_INDEX} in it")
-    names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
-    missing = [name for name in names if not (folder / name).is_file()]
+    weight_map = read_object(folder / _INDEX).get("weight_map")
+    names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    if not names or any(Path(name).name != name for name in names):
+        raise CheckpointError(f"{folder / _INDEX}: got {brief(weight_map)}, expected files of this folder by tensor")
+    names = sorted(names)
+    missing = [name for name in names if not is_file(folder / name)]
     if missing:
         raise CheckpointError(f"folder: got {folder} without {missing[0]}, expected every shard of {_INDEX}")
     return [folder / name for name in names]
 
 
-def _translated(shard: Path, config) -> Iterator[tuple[str, torch.Tensor]]:
-    with safe_open(shard, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (not a mapping)
-            yield from translate(name, file.get_tensor(name), config)
+def _read(folder: str | Path, image_token_id: int | None) -> tuple[Path, InternVLConfig]:
+    if not isinstance(folder, str | Path):
+        raise CheckpointError(f"folder: got {brief(folder)}, expected a folder")
+    return Path(folder), read_config(Path(folder), image_token_id)
+
+
+def _empty(config) -> InternVLForConditionalGeneration:
+    """The model without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return InternVLForConditionalGeneration(config)
+    except MALFORMED as error:
+        raise CheckpointError(f"config.json: expected sizes of an InternVL2 checkpoint ({reason(error)})") from None
+
+
+def _translated(shards, config, model: nn.Module) -> Iterator[tuple[Path, Iterator[tuple[str, torch.Tensor]]]]:
+    """Each shard, with the names and tensors that its own ones become: those of the model, each once, and all."""
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for shard in shards:
+        yield shard, _of_shard(shard, config, expected)
+    if expected:
+        raise CheckpointError(f"folder: got no tensor for {sorted(expected)[0]} and {len(expected) - 1} more")
+
+
+def _of_shard(shard: Path, config, expected: dict[str, torch.Size]) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        with safe_open(shard, framework="pt") as file:
+            for old in file.keys():  # noqa: SIM118 (not a mapping)
+                for name, tensor in translate(old, file.get_tensor(old), config):
+                    if name not in expected:
+                        given = f"{shard.name}: got a tensor for {name}"
+                        raise CheckpointError(f"{given}, expected it once and in the model")
+                    shape = expected.pop(name)
+                    if tensor.shape != shape:
+                        raise CheckpointError(
+                            f"{shard.name}: got {old} that gives {name} of shape {tuple(tensor.shape)}, expected "
+                            f"{tuple(shape)}"
+                        )
+                    yield name, tensor
+    except CheckpointError:
+        raise
+    except (SafetensorError, OSError, *MALFORMED) as error:
+        raise CheckpointError(f"{shard}: expected tensors of an InternVL2 checkpoint ({reason(error)})") from None
 
 
 def _places(model: nn.Module, device_map, dtype) -> dict[str, torch.device | int | str]:

@@ -15,7 +15,10 @@ import torch
 from einops import rearrange
 from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Phi3Config, Qwen2Config
 
-from .errors import CheckpointError
+from ..plans.atomic_write import is_file
+from ..plans.layer_plan import brief, reason
+from ..plans.plan import MOST_LAYERS
+from .errors import MALFORMED, CheckpointError
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 _TEXT_CONFIGS = {
@@ -74,14 +77,38 @@ def read_config(folder: Path, image_token_id: int | None = None) -> InternVLConf
     image_token_id: of `<IMG_CONTEXT>`; None: looked up in the folder's tokenizer files.
     """
     file = folder / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"folder: got {folder} without a config.json, expected an InternVL2 checkpoint")
-    data = json.loads(file.read_text())
+    if not is_file(file):
+        raise CheckpointError(
+            f"folder: got {brief(str(folder))} without a config.json, expected an InternVL2 checkpoint"
+        )
+    try:
+        return _config(read_object(file), folder, image_token_id)
+    except CheckpointError:
+        raise
+    except MALFORMED as error:
+        raise CheckpointError(
+            f"{file}: expected the configuration of an InternVL2 checkpoint ({type(error).__name__}: {reason(error)})"
+        ) from None
+
+
+def read_object(file: Path) -> dict:
+    """The JSON object in a file. Raises CheckpointError if there is none."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: expected JSON ({reason(error)})") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file}: got {brief(data)}, expected a JSON object")
+    return data
+
+
+def _config(data: dict, folder: Path, image_token_id: int | None) -> InternVLConfig:
     if data.get("model_type") != "internvl_chat":
-        raise CheckpointError(f"config.json: got model_type {data.get('model_type')!r}, expected 'internvl_chat'")
+        raise CheckpointError(f"config.json: got model_type {brief(data.get('model_type'))}, expected 'internvl_chat'")
     if data.get("ps_version", "v1") != "v2":
-        raise CheckpointError(f"config.json: got ps_version {data.get('ps_version')!r}, expected 'v2'")
+        raise CheckpointError(f"config.json: got ps_version {brief(data.get('ps_version'))}, expected 'v2'")
     vision = data["vision_config"]
+    _check_layers("vision_config", vision)
     text = _text_config(data["llm_config"])
     ratio = data["downsample_ratio"]
     return InternVLConfig(
@@ -100,10 +127,17 @@ def read_config(folder: Path, image_token_id: int | None = None) -> InternVLConf
     )
 
 
+def _check_layers(part: str, data: dict) -> None:
+    layers = data["num_hidden_layers"]
+    if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
+        raise CheckpointError(f"config.json: {part}: got {brief(layers)} layers, expected 1 to {MOST_LAYERS}")
+
+
 def _text_config(data: dict):
     architecture = (data.get("architectures") or ["none"])[0]
-    if architecture not in _TEXT_CONFIGS:
-        raise CheckpointError(f"llm_config: got {architecture}, expected one of {', '.join(_TEXT_CONFIGS)}")
+    if not isinstance(architecture, str) or architecture not in _TEXT_CONFIGS:
+        raise CheckpointError(f"llm_config: got {brief(architecture)}, expected one of {', '.join(_TEXT_CONFIGS)}")
+    _check_layers("llm_config", data)
     fields = {field: data[field] for field in _TEXT_FIELDS if field in data}
     limit = data["max_position_embeddings"]
     if architecture == "InternLM2ForCausalLM":
@@ -126,13 +160,13 @@ def _text_config(data: dict):
 def _image_token_id(folder: Path) -> int:
     added, decoder = folder / "added_tokens.json", folder / "tokenizer_config.json"
     if added.is_file():
-        names = json.loads(added.read_text())
+        names = read_object(added)
     elif decoder.is_file():
-        entries = json.loads(decoder.read_text()).get("added_tokens_decoder", {})
+        entries = read_object(decoder).get("added_tokens_decoder", {})
         names = {entry["content"]: int(index) for index, entry in entries.items()}
     else:
         names = {}
-    if IMAGE_TOKEN not in names:
+    if type(names.get(IMAGE_TOKEN)) is not int:
         raise CheckpointError(
             f"image_token_id: got None and no {IMAGE_TOKEN} in {folder}'s added_tokens.json or tokenizer_config.json, "
             "expected the id of the image context token"

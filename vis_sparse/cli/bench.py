@@ -9,6 +9,7 @@ import typer
 from ..eval.bench import DTYPES, bench, compare
 from ..eval.progress import progress
 from ..eval.tables import draw_bench, draw_peers
+from .checks import count, one_of, torch_device
 from .flops import pixels
 from .options import CalibrationOption, JsonOption, ModelOption, emit
 
@@ -16,10 +17,10 @@ from .options import CalibrationOption, JsonOption, ModelOption, emit
 def bench_command(
     context: typer.Context,
     model: ModelOption = "llava-1.5-7b",
-    layers: Annotated[int, typer.Option(min=1, help="Decoder layers to build.")] = 8,
+    layers: Annotated[int, typer.Option(min=1, help="Decoder layers to build.", callback=count)] = 8,
     plan: Annotated[str, typer.Option("--plan", metavar="A,B,...", help="Plans (names or files).")] = "yopo-12",
-    batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 1,
-    text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of a sample.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Samples.", callback=count)] = 1,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of a sample.", callback=count)] = 64,
     image_size: Annotated[str | None, typer.Option(metavar="WxH", help="Size of the image in pixels.")] = None,
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES) + ".")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
@@ -39,17 +40,8 @@ def bench_command(
     """
     if context.invoked_subcommand is not None:
         return
-    import torch
-
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"got {dtype!r}, expected one of {', '.join(DTYPES)}", param_hint="--dtype")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise typer.BadParameter(
-            f"got {device!r}, expected a device of torch ({reason})", param_hint="--device"
-        ) from None
+    one_of(dtype, DTYPES, "--dtype")
+    torch_device(device)
     names = list(dict.fromkeys(name.strip() for name in plan.split(",")))
     if with_peers and calibration is not None:
         raise typer.BadParameter("got a file beside --peers, expected none", param_hint="--calibration")

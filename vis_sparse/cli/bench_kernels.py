@@ -6,11 +6,16 @@ from typing import Annotated
 
 import typer
 
+from ..eval.bench import DTYPES
 from ..eval.bench_kernels import SETTINGS, bench_kernels
 from ..eval.numbers import seconds
 from ..eval.progress import progress
 from ..eval.tables import tight_table
+from ..plans.layer_plan import DIRECTIONS
+from .checks import counts, one_of, torch_device
 from .options import JsonOption, emit
+
+WAYS = ("dense", "torch", "flex", "triton", "natten", "reference")
 
 
 def bench_kernels_command(
@@ -18,9 +23,7 @@ def bench_kernels_command(
     batch: Annotated[str, typer.Option(metavar="N,...", help="Samples.")] = "1",
     radius: Annotated[str, typer.Option(metavar="R,...", help="Radius of the windows.")] = "2,7",
     direction: Annotated[str, typer.Option(help="both or causal.")] = "both",
-    ways: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="dense, torch, flex, triton, natten, reference.")
-    ] = None,
+    ways: Annotated[str | None, typer.Option(metavar="A,B,...", help=", ".join(WAYS) + ".")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     most_heads: Annotated[int | None, typer.Option(min=1, help="Query heads, if fewer than the model's.")] = None,
@@ -34,14 +37,19 @@ def bench_kernels_command(
     names = list(SETTINGS) if settings == "all" else [name.strip() for name in settings.split(",")]
     unknown = [name for name in names if name not in SETTINGS]
     if unknown:
-        raise typer.BadParameter(f"got {unknown[0]!r}, expected all or some of {', '.join(SETTINGS)}")
-    batches, radii = ([int(number) for number in text.split(",")] for text in (batch, radius))
+        expected = f"expected all or some of {', '.join(SETTINGS)}"
+        raise typer.BadParameter(f"got {unknown[0]!r}, {expected}", param_hint="--settings")
+    batches, radii = counts(batch, 1, "--batch"), counts(radius, 0, "--radius")
+    chosen = None if ways is None else [one_of(way.strip(), WAYS, "--ways") for way in ways.split(",")]
+    one_of(direction, DIRECTIONS, "--direction")
+    one_of(dtype, DTYPES, "--dtype")
+    torch_device(device)
     with progress("timing in turns") as on_turn:
         results = bench_kernels(
             names,
             batches,
             radii,
-            ways=ways.split(",") if ways else None,
+            ways=chosen,
             direction=direction,
             device=device,
             dtype=dtype,

@@ -14,7 +14,9 @@ from ..calibration.measure import calibrate
 from ..eval.data import TASKS, TINY, records
 from ..eval.progress import progress
 from ..eval.tiny import SHIPPED
+from ..plans.atomic_write import written
 from ..plans.scores import Calibration
+from .checks import count, output_file
 from .heatmap import draw_heads
 from .options import JsonOption, emit, folder_of
 
@@ -35,11 +37,14 @@ CheckpointOption = Annotated[
         callback=folder_of,
     ),
 ]
-SamplesOption = Annotated[int, typer.Option(min=1, help="Samples to use.")]
+SamplesOption = Annotated[int, typer.Option(min=1, help="Samples to use.", callback=count)]
 PromptOption = Annotated[str | None, typer.Option(help="The question to every image of a folder.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 ReportOption = Annotated[
-    Path | None, typer.Option("--report", metavar="FILE", help="Also draw it: an HTML page, with its PNGs beside it.")
+    Path | None,
+    typer.Option(
+        "--report", metavar="FILE", help="Also draw it: an HTML page, with its PNGs beside it.", callback=output_file
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, ...")]
 
@@ -47,7 +52,7 @@ DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, ...")]
 def calibrate_command(
     model: CheckpointOption,
     data: DataOption,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The .safetensors file to write.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The .safetensors file to write.", callback=output_file)],
     samples: SamplesOption = 64,
     prompt: PromptOption = None,
     scores: Annotated[
@@ -58,7 +63,10 @@ def calibrate_command(
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the model's own answer, where data has none.")] = 16,
     export_mask: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write active heads as .npy, the official masks' format.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also write active heads as .npy, the official masks' format.", callback=output_file
+        ),
     ] = None,
     keep: Annotated[float, typer.Option(min=0, max=1, help="Share of the heads of layers 2- in that mask.")] = 0.25,
     dtype: DtypeOption = "float32",
@@ -93,7 +101,7 @@ def calibrate_command(
     if not reports:
         return
     if export_mask is not None:
-        np.save(export_mask.with_suffix(".npy"), result.masks(keep))
+        np.save(written(export_mask.with_suffix(".npy")), result.masks(keep))
     if page is not None:
         from ..eval.calibration_page import write_report
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..eval.tiny import NAMES
+from .checks import output_folder
 from .options import JsonOption, emit
 
 Family = Enum("Family", {name: name for name in NAMES}, type=str)
@@ -21,7 +22,9 @@ def demo_command(
         Path | None,
         typer.Option(metavar="FILE", help="What calibrate wrote for the model.", show_default="the shipped one"),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the picture and the page.")] = Path("out/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the picture and the page.", callback=output_folder)] = Path(
+        "out/demo"
+    ),
     json_file: JsonOption = None,
 ) -> None:
     """Show what plans do to a small trained model: accuracy, FLOPs, KV cache and time, a picture and a page.

@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
+from ..eval.bench import DTYPES
 from ..eval.tiny import SHIPPED, checkpoint
+from .checks import one_of, output_folder, torch_device
 from .options import JsonOption, emit
 
 
@@ -25,9 +27,10 @@ def eval_command(
         int | None, typer.Option(min=1, help="Samples of each task.", show_default="all there are")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at once, where lmms-eval's model takes several.")] = 1,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Results; run again, what is done is kept.")] = Path(
-        "out/eval"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(metavar="FOLDER", help="Results; run again, what is done is kept.", callback=output_folder),
+    ] = Path("out/eval"),
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="From vis-sparse calibrate, for head and neuron budgets.")
     ] = None,
@@ -43,7 +46,9 @@ def eval_command(
 ) -> None:
     """Score plans on tasks of lmms-eval. Writes a table (Markdown, CSV, JSON) and a picture. Stopped and started again,
     it goes on. Needs the packages of the extra `eval`."""
-    plans, names = _listed(plan), _listed(tasks)
+    plans, names = _listed(plan, "--plan"), _listed(tasks, "--tasks")
+    one_of(dtype, DTYPES, "--dtype")
+    torch_device(device)
     # lmms-eval and what it imports print to stdout, which is for the result
     with contextlib.redirect_stdout(sys.stderr):
         try:
@@ -92,5 +97,8 @@ def eval_command(
     emit(rows, json_file, draw)
 
 
-def _listed(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+def _listed(text: str, option: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise typer.BadParameter(f"got {text!r}, expected one name or several with commas between", param_hint=option)
+    return names

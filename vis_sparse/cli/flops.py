@@ -17,28 +17,34 @@ from ..eval.numbers import human, mebibytes
 from ..eval.tables import tight_table
 from ..layout.image_grids import ShapeError
 from ..plans.files import shown_names
-from ..plans.layer_plan import PlanError
+from ..plans.layer_plan import PlanError, brief
 from ..plans.plan import VisualPlan
+from .checks import count
 from .options import CalibrationOption, ConventionOption, JsonOption, ModelOption, bar, emit
 
 
 def flops_command(
     model: ModelOption = "llava-1.5-7b",
     plan: Annotated[str, typer.Option("--plan", metavar="A,B,...", help="Plans (names or files) to count.")] = "auto",
-    text_tokens: Annotated[int, typer.Option(min=0, help="Text tokens of a sample, those before the image too.")] = 64,
+    text_tokens: Annotated[
+        int, typer.Option(min=0, callback=count, help="Text tokens of a sample, those before the image too.")
+    ] = 64,
     text_before: Annotated[
-        int | None, typer.Option(min=0, help="Text tokens before the first image.", show_default="35, or all there are")
+        int | None,
+        typer.Option(
+            min=0, callback=count, help="Text tokens before the first image.", show_default="35, or all there are"
+        ),
     ] = None,
     image_size: Annotated[
         str | None, typer.Option(metavar="WxH", help="Size of the images, and of a video's frames, in pixels.")
     ] = None,
     images: Annotated[
-        int | None, typer.Option(min=0, help="Images in a sample.", show_default="1, or 0 with a video")
+        int | None, typer.Option(min=0, callback=count, help="Images in a sample.", show_default="1, or 0 with a video")
     ] = None,
     video_frames: Annotated[
-        int, typer.Option(min=0, help="Sampled frames of a video in each sample, after its images.")
+        int, typer.Option(min=0, callback=count, help="Sampled frames of a video in each sample, after its images.")
     ] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Samples.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, callback=count, help="Samples.")] = 1,
     convention: ConventionOption = "executed",
     device: Annotated[
         str | None, typer.Option(metavar="NAME", help="Also roofline bounds on a100, h100, h200 or mi300x.")
@@ -114,9 +120,9 @@ def pixels(text: str | None) -> tuple[int, int] | None:
     """(height, width) of "WxH"."""
     if text is None:
         return None
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip().lower())
+    match = re.fullmatch(r"([1-9][0-9]{,5})x([1-9][0-9]{,5})", text.strip().lower())
     if match is None:
-        raise ShapeError(f"image-size: got {text!r}, expected WIDTHxHEIGHT in pixels, like 672x336")
+        raise ShapeError(f"image-size: got {brief(text)}, expected WIDTHxHEIGHT in pixels, like 672x336")
     return int(match[2]), int(match[1])
 
 

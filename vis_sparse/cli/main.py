@@ -6,6 +6,8 @@ A command is a function in a module of its own that imports torch and transforme
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, NoReturn
 
 import typer
@@ -34,9 +36,14 @@ from .search import search_command
 class _OneLineErrors(TyperGroup):
     """Errors in what the user gave are one line on stderr and exit code 2; a traceback is for bugs."""
 
+    def make_context(self, *args, **kwargs):
+        with _in_one_line():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx):
         try:
-            return super().invoke(ctx)
+            with _in_one_line():
+                return super().invoke(ctx)
         except (PlanError, LayoutError, ShapeError, SampleError, CheckpointError) as error:
             _refuse(error)
         except ValueError as error:
@@ -47,7 +54,18 @@ class _OneLineErrors(TyperGroup):
             _refuse(error)
 
 
-def _refuse(error: ValueError) -> NoReturn:
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Wrong arguments of any command."""
+    try:
+        yield
+    except typer.BadParameter.__base__ as error:  # UsageError, by a name that every typer has
+        if type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        _refuse(error.format_message())
+
+
+def _refuse(error: ValueError | str) -> NoReturn:
     typer.echo(f"vis-sparse: {' '.join(str(error).split())}", err=True)
     raise typer.Exit(2) from None
 

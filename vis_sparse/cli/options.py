@@ -15,6 +15,8 @@ from rich.text import Text
 from ..cost.shape_lookup import shape_names
 from ..eval.tiny import SHIPPED, checkpoint
 from ..layout.image_grids import ShapeError
+from ..plans.atomic_write import written
+from .checks import output_file
 
 
 def folder_of(model: str) -> str:
@@ -29,7 +31,10 @@ def folder_of(model: str) -> str:
     return str(checkpoint(SHIPPED[model])) if model in SHIPPED else model
 
 
-JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - = stdout.")]
+JsonOption = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - = stdout.", callback=output_file),
+]
 ModelOption = Annotated[
     str,
     typer.Option(
@@ -60,7 +65,7 @@ def emit(data, json_file: str | None, draw: Callable[[Console], None]) -> None:
         if json_file == "-":
             sys.stdout.write(text)
             return
-        Path(json_file).write_text(text)
+        written(Path(json_file)).write_text(text)
     draw(Console())
 
 

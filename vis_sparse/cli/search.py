@@ -14,7 +14,7 @@ from ..eval.data import records
 from ..eval.progress import progress
 from ..eval.tables import tight_table
 from ..plans.atomic_write import replaced
-from ..plans.layer_plan import PlanError
+from ..plans.layer_plan import PlanError, brief
 from ..searching.pareto import Point, described, pareto, write_front
 from .calibrate import (
     CheckpointOption,
@@ -25,13 +25,14 @@ from .calibrate import (
     ReportOption,
     SamplesOption,
 )
+from .checks import output_file, output_folder
 from .options import JsonOption, bar, emit
 
 
 def search_command(
     model: CheckpointOption,
     data: DataOption,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The plan's YAML file.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The plan's YAML file.", callback=output_file)],
     budget: Annotated[float, typer.Option(help="Share of the dense model's cost that the plan may have.")] = 0.25,
     cost: Annotated[
         str, typer.Option(help="visual or prefill (FLOPs), kv (bytes), or time (of a prefill, measured).")
@@ -40,7 +41,9 @@ def search_command(
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="What calibrate wrote.", show_default="made from the samples")
     ] = None,
-    front: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Also keep the Pareto front there.")] = None,
+    front: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Also keep the Pareto front there.", callback=output_folder)
+    ] = None,
     time_limit: Annotated[
         str | None,
         typer.Option(
@@ -108,7 +111,7 @@ def _seconds(text: str | None) -> float | None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
     if match is None:
-        raise PlanError(f"time-limit: got {text!r}, expected like 90s, 10m or 2h")
+        raise PlanError(f"time-limit: got {brief(text)}, expected like 90s, 10m or 2h")
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
 
 

@@ -21,9 +21,10 @@ from ..layout.image_grids import EncodedImage, Grid, ShapeError
 from ..layout.layout import LayoutError, VisualLayout
 from ..plans.budgets import resolve_heads
 from ..plans.files import as_plan
-from ..plans.layer_plan import PlanError
+from ..plans.layer_plan import PlanError, brief
 from ..plans.plan import PlanRecipe, VisualPlan
 from ..plans.schedule import schedule
+from ..plans.scores import Calibration
 from .conventions import executed, fastv, macs, paper, tokens_by_layer
 from .report import CostReport
 from .shape_config import MODEL_TYPES
@@ -68,7 +69,7 @@ def flops(
     Raises PlanError, LayoutError or ShapeError.
     """
     if convention not in CONVENTIONS:
-        raise PlanError(f"convention: got {convention!r}, expected one of {', '.join(CONVENTIONS)}")
+        raise PlanError(f"convention: got {brief(convention)}, expected one of {', '.join(CONVENTIONS)}")
     shape = as_shape(model)
     plan = resolve_heads(as_plan(plan, shape.layers), shape.heads, shape.kv_heads, heads)
     plan.check_fits(shape.layers, shape.heads, shape.ffn)
@@ -110,7 +111,10 @@ def flops(
 def resolved(plan: str, shape: ModelShape, calibration: Path | None) -> VisualPlan:
     """A plan (name or file) for a model, its budgets resolved by the calibration; without one the first heads and
     neurons stand in, whose numbers are right."""
-    heads = "first" if calibration is None else None
+    heads = "first"
+    if calibration is not None:
+        heads, calibration = None, Calibration.load(calibration)
+        calibration.check_fits(shape.layers, shape.heads, shape.kv_heads, shape.ffn)
     return resolve_heads(as_plan(plan, shape.layers), shape.heads, shape.kv_heads, heads, calibration)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..plans.layer_plan import PlanError
+from ..plans.layer_plan import PlanError, brief
 from ..plans.plan import VisualPlan
 from ..plans.schedule import LayerWork, schedule
 from .report import PARTS, CostReport, PassCost
@@ -85,7 +85,7 @@ class Roofline:
 def device_spec(name: str) -> DeviceSpec:
     """The GPU called `name`; PlanError names the known ones."""
     if name.lower() not in DEVICES:
-        raise PlanError(f"device: got {name!r}, expected one of {', '.join(DEVICES)}")
+        raise PlanError(f"device: got {brief(name)}, expected one of {', '.join(DEVICES)}")
     return DEVICES[name.lower()]
 
 

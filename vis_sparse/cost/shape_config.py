@@ -5,9 +5,17 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
 from ..layout.image_grids import AnyRes, FixedGrid, OneVision, ShapeError, SmartResize, Tiles
 from ..layout.video_grids import FixedFrames, ResizedFrames, ResizedVideo
+from ..plans.layer_plan import brief, reason
 from .shapes import ModelShape, VisionShape, frozen
+
+# What transformers, and arithmetic with what it read, raise for a config.json that holds other things than it says.
+_MALFORMED = (ValueError, OSError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError,
+              StrictDataclassError)  # fmt: skip
+_MOST = 1 << 31
 
 
 def shape_of_folder(folder: Path) -> ModelShape:
@@ -16,10 +24,15 @@ def shape_of_folder(folder: Path) -> ModelShape:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ShapeError(f"model: got {folder}, expected a config.json that transformers knows ({reason})") from None
-    return shape_of_config(config, folder.resolve().name)
+    except _MALFORMED as error:
+        given = f"model: got {folder}, expected a config.json that transformers knows"
+        raise ShapeError(f"{given} ({reason(error)})") from None
+    try:
+        return shape_of_config(config, folder.resolve().name)
+    except ShapeError:
+        raise
+    except _MALFORMED as error:
+        raise ShapeError(f"model: got {folder} with a config.json that gives no sizes ({reason(error)})") from None
 
 
 def shape_of_config(config, name: str) -> ModelShape:
@@ -41,6 +54,9 @@ def shape_of_config(config, name: str) -> ModelShape:
         raise ShapeError(
             f"model: got a {config.model_type} config, expected a decoder's sizes in it ({error})"
         ) from None
+    for name_, size in decoder.items():
+        if not isinstance(size, bool) and not (isinstance(size, int) and 0 < size < _MOST):
+            raise ShapeError(f"model: got {name_} {brief(size)} in {name}, expected a decoder's sizes")
     family = _FAMILIES.get(config.model_type)
     return ModelShape(name, **decoder, **(family(config) if family else {}))
 

@@ -9,6 +9,8 @@ import yaml
 
 from ..layout.image_grids import IMAGE_RULES, ShapeError
 from ..layout.video_grids import VIDEO_RULES
+from ..plans.atomic_write import is_file
+from ..plans.layer_plan import brief
 from .shape_config import shape_of_config, shape_of_folder
 from .shapes import ModelShape, VisionShape, frozen
 
@@ -22,16 +24,14 @@ def shape_names() -> list[str]:
 
 def load_shape(source: str | Path) -> ModelShape:
     """The shipped shape called `source`, or that of a folder with a transformers `config.json`."""
-    shipped = SHAPES / f"{source}.yaml"
-    if isinstance(source, str) and shipped.is_file():
-        return _from_yaml(shipped)
-    if (Path(source) / "config.json").is_file():
+    if isinstance(source, str) and source in shape_names():
+        return _from_yaml(SHAPES / f"{source}.yaml")
+    if isinstance(source, str | Path) and is_file(Path(source) / "config.json"):
         return shape_of_folder(Path(source))
     near = difflib.get_close_matches(str(source), shape_names(), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ShapeError(
-        f"model: got {str(source)!r}, expected a folder with a config.json or one of {', '.join(shape_names())}{hint}"
-    )
+    known = ", ".join(shape_names())
+    raise ShapeError(f"model: got {brief(str(source))}, expected a folder with a config.json or one of {known}{hint}")
 
 
 def shape_of(model) -> ModelShape:

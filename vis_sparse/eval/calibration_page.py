@@ -11,6 +11,7 @@ import numpy as np
 
 from ..calibration.probe import SENSITIVITY
 from ..calibration.records import SampleError
+from ..plans.atomic_write import written
 from ..plans.scores import Calibration
 from ..searching.pareto import pareto
 from ..searching.search import Point
@@ -46,7 +47,7 @@ def write_report(file: Path, calibration: Calibration, front: Sequence[Point] = 
     files, figures = [], []
     for name, caption, figure in pictures:
         files.append(file.with_name(f"{file.stem}-{name}.png"))
-        figure.savefig(files[-1], dpi=150, facecolor="white")
+        figure.savefig(written(files[-1]), dpi=150, facecolor="white")
         image = base64.b64encode(files[-1].read_bytes()).decode()
         figures.append(
             f'<h2>{name.capitalize()}</h2><figure><img alt="{escape(caption)}" src="data:image/png;base64,{image}">'

@@ -14,9 +14,11 @@ from transformers import AutoProcessor
 
 import vis_sparse
 
+from ..calibration.profiles import Target
 from ..cost.shape_lookup import shape_of
 from ..layout.layout import VisualLayout
 from ..patches import read_layout
+from ..patches.calibrated import checked_calibration
 from ..plans.budgets import resolve_heads
 from ..plans.files import as_plan
 from ..plans.plan import VisualPlan
@@ -51,7 +53,10 @@ def run_demo(
     model = family.MODEL.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
     shape = shape_of(model)
-    calibration = calibration or folder / "heads.safetensors"
+    target = Target.of(model)
+    calibration = checked_calibration(
+        calibration or folder / "heads.safetensors", model, target.text_model, target.decoder
+    )
     plans = {
         name: resolve_heads(as_plan(name, shape.layers), shape.heads, shape.kv_heads, calibration=calibration)
         for name in PLANS

@@ -186,7 +186,7 @@ def _plans_of(model: str, layers: int, plans: dict[tuple, dict]) -> str:
 
 def _heads(calibration) -> str:
     layers, heads = calibration.heads.shape
-    facts = calibration.metadata
+    facts = {"model": "a model", "scores": "head"} | calibration.metadata
     return (
         f"<section><h2>Heads that look at images: {escape(Path(facts['model']).name)}</h2>"
         f"{heat_map(calibration.heads.tolist(), 'head', 'layer')}"

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from tokenize import TokenError
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import ArrayLike
-from safetensors.numpy import load_file
 
-from .layer_plan import HeadBudget, HeadFile, NeuronBudget, PlanError
+from .atomic_write import is_file
+from .layer_plan import HeadBudget, HeadFile, NeuronBudget, PlanError, brief, reason
 from .plan import VisualPlan, mask_plan
 from .scores import Calibration, keep_heads
+from .tensor_file import read_tensors
+
+# What numpy raises for bytes that are no array.
+_UNREADABLE = (
+    ValueError, TypeError, EOFError, MemoryError, OverflowError, OSError, SyntaxError, RecursionError, BadZipFile,
+    TokenError,
+)  # fmt: skip
 
 
 def load_heads(path: str | Path) -> np.ndarray:
@@ -21,23 +30,39 @@ def load_heads(path: str | Path) -> np.ndarray:
     unpickled. Raises PlanError if the file is missing or holds something else.
     """
     path = Path(path)
-    if not path.is_file():
-        raise PlanError(f"heads: got {str(path)!r}, expected an existing .npy or .safetensors file")
+    if not is_file(path):
+        raise PlanError(f"heads: got {brief(str(path))}, expected an existing .npy or .safetensors file")
     try:
-        array = np.load(path, allow_pickle=False) if path.suffix == ".npy" else load_file(path)["heads"]
-    except Exception as error:
-        raise PlanError(f"heads: {path}: expected a .npy array or a .safetensors tensor 'heads' ({error})") from None
-    return _checked(array)
+        array = _load_array(path) if path.suffix == ".npy" else read_tensors(path, ["heads"])[0]["heads"]
+        return _checked(array)
+    except PlanError as error:
+        raise PlanError(f"{error} in {path}") from None
+    except (*_UNREADABLE, KeyError) as error:
+        given = f"heads: {path}: expected a .npy array or a .safetensors tensor 'heads'"
+        raise PlanError(f"{given} ({reason(error)})") from None
+
+
+def _load_array(path: Path) -> np.ndarray:
+    # mapped: a header that claims more than there is allocates nothing
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        raise ValueError("an archive of arrays")
+    return np.array(array)
 
 
 def _checked(array) -> np.ndarray:
-    array = np.asarray(array)
+    try:
+        array = np.asarray(array)
+    except ValueError as error:  # rows of several lengths
+        raise PlanError(f"heads: got {brief(array)}, expected an array (layers, heads) ({error})") from None
     if array.dtype == np.uint8:
         array = array.astype(bool)
     if array.ndim != 2 or array.dtype.kind not in "bf":
         raise PlanError(
             f"heads: got {array.dtype} of shape {array.shape}, expected bool masks or float scores (layers, heads)"
         )
+    if np.isnan(array).any():
+        raise PlanError("heads: got NaN among the scores, expected numbers")
     return array
 
 
@@ -57,6 +82,8 @@ def resolve_heads(
     """
     if isinstance(calibration, str | Path):
         calibration = Calibration.load(calibration)
+    if not isinstance(calibration, Calibration | None):
+        raise PlanError(f"calibration: got {brief(calibration)}, expected a Calibration or its file")
     if heads is None and calibration is not None:
         heads = calibration.heads
     if isinstance(heads, str | Path) and heads != "first":

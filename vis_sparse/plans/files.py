@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from .layer_plan import PlanError
+from .atomic_write import is_file
+from .layer_plan import PlanError, brief
 from .plan import PlanRecipe, VisualPlan, read_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -23,14 +24,15 @@ def load_plan(source: str | Path) -> PlanRecipe:
 
     A recipe fits any depth: `patch` and `flops` take it as it is, `.resolve(num_layers)` gives the `VisualPlan`.
     """
-    shipped = CONFIGS / f"{source}.yaml"
-    if isinstance(source, str) and shipped.is_file():
-        return read_recipe(shipped)
-    if Path(source).is_file():
+    if not isinstance(source, str | Path):
+        raise PlanError(f"plan: got {brief(source)}, expected a file or one of {', '.join(plan_names())}")
+    if str(source) in plan_names():
+        return read_recipe(CONFIGS / f"{source}.yaml")
+    if is_file(source):
         return read_recipe(Path(source))
     near = difflib.get_close_matches(str(source), plan_names(), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise PlanError(f"plan: got {str(source)!r}, expected a file or one of {', '.join(plan_names())}{hint}")
+    raise PlanError(f"plan: got {brief(str(source))}, expected a file or one of {', '.join(plan_names())}{hint}")
 
 
 def shown_names(plans: Iterable[str]) -> dict[str, str]:

@@ -6,10 +6,12 @@ The five fields of a `LayerPlan` say everything (DESIGN.md section 3).
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 DIRECTIONS = ("causal", "both")
+_FARTHEST = 1_000_000  # steps in a grid
 TOKEN_ORDERS = ("attention", "norm", "uniform", "stride", "random")
 
 
@@ -17,9 +19,33 @@ class PlanError(ValueError):
     """A plan that is malformed, or does not fit the model it is meant for."""
 
 
-def check_int(name: str, value, minimum: int) -> None:
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 3, 80, 80
+
+
+def brief(value) -> str:
+    """A value as errors show it: cut off, whatever a file says that it holds."""
+    try:
+        return " ".join(_BRIEF.repr(value).split())
+    except ValueError:  # Python writes no integer of more than some thousand digits
+        return f"a {type(value).__name__} with a huge integer"
+
+
+def reason(error: Exception) -> str:
+    """What an error of another library says, in one line of no more than some hundred characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_int(name: str, value, minimum: int, maximum: int | None = None) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise PlanError(f"{name}: got {value!r}, expected an integer >= {minimum}")
+        raise PlanError(f"{name}: got {brief(value)}, expected an integer >= {minimum}")
+    if maximum is not None and value > maximum:
+        raise PlanError(f"{name}: got {brief(value)}, expected an integer <= {maximum}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +63,18 @@ class Neighborhood:
     stride: int = 1
 
     def __post_init__(self) -> None:
-        check_int("radius", self.radius, 0)
-        check_int("frames", self.frames, 0)
-        check_int("stride", self.stride, 1)
+        check_int("radius", self.radius, 0, _FARTHEST)
+        check_int("frames", self.frames, 0, _FARTHEST)
+        check_int("stride", self.stride, 1, _FARTHEST)
         if self.direction not in DIRECTIONS:
-            raise PlanError(f"direction: got {self.direction!r}, expected one of {', '.join(DIRECTIONS)}")
+            raise PlanError(f"direction: got {brief(self.direction)}, expected one of {', '.join(DIRECTIONS)}")
 
 
 def _check_keep(name: str, keep) -> None:
-    if isinstance(keep, bool) or not isinstance(keep, int | float):
-        raise PlanError(f"{name}.keep: got {keep!r}, expected a count or a share in [0, 1]")
+    if not is_number(keep):
+        raise PlanError(f"{name}.keep: got {brief(keep)}, expected a count or a share in [0, 1]")
     if keep < 0 or (isinstance(keep, float) and not keep <= 1):
-        raise PlanError(f"{name}.keep: got {keep!r}, expected a count >= 0 or a share in [0, 1]")
+        raise PlanError(f"{name}.keep: got {brief(keep)}, expected a count >= 0 or a share in [0, 1]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +93,14 @@ class HeadBudget:
     def __post_init__(self) -> None:
         _check_keep("heads", self.keep)
         if self.by not in ("head", "group"):
-            raise PlanError(f"heads.by: got {self.by!r}, expected head or group")
+            raise PlanError(f"heads.by: got {brief(self.by)}, expected head or group")
         if self.over not in ("layer", "model"):
-            raise PlanError(f"heads.over: got {self.over!r}, expected layer or model")
+            raise PlanError(f"heads.over: got {brief(self.over)}, expected layer or model")
 
     def count(self, num_heads: int, layers: int = 1) -> int:
         """Number of heads kept of `layers` layers of `num_heads` (a share is rounded half up)."""
         if isinstance(self.keep, int) and self.keep > num_heads:
-            raise PlanError(f"heads.keep: got {self.keep!r}, expected at most the model's {num_heads} heads")
+            raise PlanError(f"heads.keep: got {brief(self.keep)}, expected at most the model's {num_heads} heads")
         return self.keep * layers if isinstance(self.keep, int) else math.floor(self.keep * num_heads * layers + 0.5)
 
 
@@ -90,7 +116,7 @@ class NeuronBudget:
     def count(self, size: int) -> int:
         """Number of neurons kept of `size` (a share is rounded down, as `ffn: f` is)."""
         if isinstance(self.keep, int) and self.keep > size:
-            raise PlanError(f"ffn.keep: got {self.keep!r}, expected at most the model's {size} neurons")
+            raise PlanError(f"ffn.keep: got {brief(self.keep)}, expected at most the model's {size} neurons")
         return self.keep if isinstance(self.keep, int) else int(size * self.keep + 1e-6)
 
 
@@ -111,11 +137,11 @@ class TokenBudget:
     by: str = "attention"
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep, bool) or not isinstance(self.keep, int | float) or not 0 < self.keep <= 1:
-            raise PlanError(f"tokens.keep: got {self.keep!r}, expected a share in (0, 1]")
+        if not is_number(self.keep) or not 0 < self.keep <= 1:
+            raise PlanError(f"tokens.keep: got {brief(self.keep)}, expected a share in (0, 1]")
         object.__setattr__(self, "keep", float(self.keep))
         if self.by not in TOKEN_ORDERS:
-            raise PlanError(f"tokens.by: got {self.by!r}, expected one of {', '.join(TOKEN_ORDERS)}")
+            raise PlanError(f"tokens.by: got {brief(self.by)}, expected one of {', '.join(TOKEN_ORDERS)}")
 
     def count(self, num_tokens: int) -> int:
         """Number of tokens kept of `num_tokens`: rounded down, as the official codes do, but at least 1 of any."""
@@ -148,13 +174,13 @@ class LayerPlan:
 
     def __post_init__(self) -> None:
         if not isinstance(self.text_reads, bool):
-            raise PlanError(f"text_reads: got {self.text_reads!r}, expected true or false")
+            raise PlanError(f"text_reads: got {brief(self.text_reads)}, expected true or false")
         if not isinstance(self.attention, Neighborhood) and self.attention not in ("full", "none"):
-            raise PlanError(f"attention: got {self.attention!r}, expected 'full', 'none' or a neighborhood")
+            raise PlanError(f"attention: got {brief(self.attention)}, expected 'full', 'none' or a neighborhood")
         object.__setattr__(self, "heads", _normal_heads(self.heads))
         object.__setattr__(self, "ffn", _normal_ffn(self.ffn))
         if not isinstance(self.tokens, TokenBudget | None):
-            raise PlanError(f"tokens: got {self.tokens!r}, expected all or {{keep: share, by: order}}")
+            raise PlanError(f"tokens: got {brief(self.tokens)}, expected all or {{keep: share, by: order}}")
         if self.tokens and self.tokens.keep == 1:
             object.__setattr__(self, "tokens", None)
         if self.tokens and self.tokens.by == "attention" and not self._may_be_read:
@@ -189,7 +215,7 @@ class LayerPlan:
         if isinstance(self.ffn, NeuronBudget):
             raise PlanError(f"ffn: got the budget {{keep: {self.ffn.keep}}}, expected neurons (resolve it first)")
         if self.ffn and self.ffn[-1] >= size:
-            raise PlanError(f"ffn: got neuron {self.ffn[-1]}, expected indices below the model's {size} neurons")
+            raise PlanError(f"ffn: got neuron {brief(self.ffn[-1])}, expected indices below the model's {size} neurons")
         return self.ffn
 
 
@@ -197,10 +223,10 @@ def _normal_heads(heads):
     if heads is None or isinstance(heads, HeadBudget | HeadFile):
         return heads
     if isinstance(heads, str) or not isinstance(heads, Iterable):
-        raise PlanError(f"heads: got {heads!r}, expected all, a bool mask, {{keep: n}} or {{file: path}}")
+        raise PlanError(f"heads: got {brief(heads)}, expected all, a bool mask, {{keep: n}} or {{file: path}}")
     mask = tuple(heads.tolist() if hasattr(heads, "tolist") else heads)
     if not mask or any(value not in (0, 1) for value in mask):
-        raise PlanError(f"heads: got {heads!r}, expected a non-empty mask of booleans, one a query head")
+        raise PlanError(f"heads: got {brief(heads)}, expected a non-empty mask of booleans, one a query head")
     return tuple(bool(value) for value in mask)
 
 
@@ -211,10 +237,10 @@ def _normal_ffn(ffn):
         ffn = ffn.tolist()
     if isinstance(ffn, int | float) and not isinstance(ffn, bool):
         if not 0 <= ffn <= 1:
-            raise PlanError(f"ffn: got {ffn!r}, expected a share in [0, 1] or neuron indices")
+            raise PlanError(f"ffn: got {brief(ffn)}, expected a share in [0, 1] or neuron indices")
         return float(ffn)
     if isinstance(ffn, str | bool) or not isinstance(ffn, Iterable):
-        raise PlanError(f"ffn: got {ffn!r}, expected a share in [0, 1] or neuron indices")
+        raise PlanError(f"ffn: got {brief(ffn)}, expected a share in [0, 1] or neuron indices")
     indices = tuple(ffn)
     for index in indices:
         check_int("ffn", index, 0)

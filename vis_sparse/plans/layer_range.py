@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 
-from .layer_plan import PlanError
+from .layer_plan import PlanError, brief
 
 
 def layer_range(spec: str, num_layers: int) -> range:
@@ -26,22 +27,28 @@ def layer_range(spec: str, num_layers: int) -> range:
             # l / L compared with a tolerance, so that 21.875 % of 32 is layer 7 whatever the division gives
             first, last = (math.ceil(bound * num_layers - 1e-6) for bound in (start, end))
             return range(first, last)
-        start = int(start_text) if start_text or not dash else 0
-        end = start if not dash else (int(end_text) if end_text else max(num_layers - 1, start))
+        start = _index(start_text) if start_text or not dash else 0
+        end = start if not dash else (_index(end_text) if end_text else max(num_layers - 1, start))
         if not 0 <= start <= end:
             raise ValueError
     except ValueError:
         raise PlanError(
-            f"layers: got range {spec!r}, expected like 4, 2-15, 2-, 50%-100%, 50%- or <50% in ascending order"
+            f"layers: got range {brief(spec)}, expected like 4, 2-15, 2-, 50%-100%, 50%- or <50% in ascending order"
         ) from None
     if end >= num_layers:
-        raise PlanError(f"layers: got range {spec!r}, expected layers 0 to {num_layers - 1}")
+        raise PlanError(f"layers: got range {brief(spec)}, expected layers 0 to {num_layers - 1}")
     return range(start, end + 1)
+
+
+def _index(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ValueError
+    return int(text)
 
 
 def _depth(text: str, default: float) -> float:
     if not text:
         return default
-    if not text.endswith("%"):
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]*)?%", text):
         raise ValueError
     return float(text[:-1]) / 100

@@ -13,16 +13,36 @@ from pathlib import Path
 from typing import Any
 
 from . import yaml_format
-from .layer_plan import HeadBudget, LayerPlan, Neighborhood, NeuronBudget, PlanError, TokenBudget, check_int
+from .layer_plan import (
+    HeadBudget,
+    LayerPlan,
+    Neighborhood,
+    NeuronBudget,
+    PlanError,
+    TokenBudget,
+    brief,
+    check_int,
+    is_number,
+)
 from .layer_range import layer_range
 
 SEMANTICS = ("exclude", "zero")
 
 
+MOST_LAYERS = 10_000  # what no model has
+
+
+def _check_depth(num_layers) -> None:
+    check_int("num_layers", num_layers, 1)
+    if num_layers > MOST_LAYERS:
+        raise PlanError(f"num_layers: got {brief(num_layers)}, expected at most {MOST_LAYERS}")
+
+
 def _check_cut(name: str, layer, num_layers: int) -> None:
+    _check_depth(num_layers)
     check_int(name, layer, 0)
     if layer > num_layers:
-        raise PlanError(f"{name}: got {layer}, expected a layer from 0 to the model's {num_layers}")
+        raise PlanError(f"{name}: got {brief(layer)}, expected a layer from 0 to the model's {num_layers}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +62,8 @@ class VisualPlan:
         object.__setattr__(self, "layers", tuple(self.layers))
         if not self.layers or not all(isinstance(layer, LayerPlan) for layer in self.layers):
             raise PlanError("layers: expected one LayerPlan a decoder layer, at least one")
-        if self.semantics not in SEMANTICS:
-            raise PlanError(f"semantics: got {self.semantics!r}, expected one of {', '.join(SEMANTICS)}")
+        if not isinstance(self.semantics, str) or self.semantics not in SEMANTICS:
+            raise PlanError(f"semantics: got {brief(self.semantics)}, expected one of {', '.join(SEMANTICS)}")
         self._check_tokens()
 
     def _check_tokens(self) -> None:
@@ -97,6 +117,7 @@ class VisualPlan:
     @classmethod
     def dense(cls, num_layers: int) -> VisualPlan:
         """Every layer as in the unpatched model."""
+        _check_depth(num_layers)
         return cls((LayerPlan(),) * num_layers, name="dense", about="the unpatched model's computation")
 
     @classmethod
@@ -116,8 +137,8 @@ class VisualPlan:
         ffn_ratio: visual rows use the first int(size / ffn_ratio) neurons.
         """
         check_int("window", window, 1)
-        if not ffn_ratio >= 1:
-            raise PlanError(f"ffn_ratio: got {ffn_ratio!r}, expected a number >= 1")
+        if not is_number(ffn_ratio) or not ffn_ratio >= 1:
+            raise PlanError(f"ffn_ratio: got {brief(ffn_ratio)}, expected a number >= 1")
         if head_mask is not None and len(head_mask) != num_layers:
             raise PlanError(f"head_mask: got {len(head_mask)} layers, expected {num_layers}")
         cut = num_layers if layer_cut is None else layer_cut
@@ -177,6 +198,7 @@ class VisualPlan:
         layer behind it.
         """
         check_int("stages", stages, 1)
+        _check_cut("stages", stages, num_layers)
         ends = {math.ceil(num_layers * stage / stages) - 1 for stage in range(1, stages)}
         layers = (LayerPlan(tokens=TokenBudget(keep) if i in ends else None) for i in range(num_layers))
         return cls(tuple(layers), "pyramiddrop", "PyramidDrop, arXiv 2410.17247")
@@ -192,11 +214,12 @@ class VisualPlan:
 
 
 def _layer_set(layers: Iterable[int], num_layers: int) -> frozenset[int]:
-    chosen = frozenset(layers)
+    _check_depth(num_layers)
+    chosen = tuple(layers)
     for index in chosen:
-        if not 0 <= index < num_layers:
-            raise PlanError(f"layers: got layer {index}, expected 0 to {num_layers - 1}")
-    return chosen
+        if type(index) is not int or not 0 <= index < num_layers:
+            raise PlanError(f"layers: got layer {brief(index)}, expected 0 to {num_layers - 1}")
+    return frozenset(chosen)
 
 
 def mask_plan(plan: VisualPlan, masks: Sequence[Sequence[bool]]) -> VisualPlan:
@@ -236,6 +259,7 @@ class PlanRecipe:
             num_layers = self.num_layers
         if num_layers is None:
             raise PlanError(f"plan {self.name!r}: num_layers is needed, its file states none")
+        _check_depth(num_layers)
         if self.num_layers not in (None, num_layers):
             raise PlanError(f"plan {self.name!r}: got {self.num_layers} layers, expected the model's {num_layers}")
         layers = [self.default] * num_layers

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
 
+from .atomic_write import is_file
 from .layer_plan import HeadBudget, PlanError
 from .tensor_file import read_tensors, write_tensors
 
@@ -44,6 +45,17 @@ class Calibration:
     def num_samples(self) -> int:
         return len(self.ratios)
 
+    def check_fits(self, num_layers: int, num_heads: int, num_kv_heads: int, num_neurons: int) -> None:
+        """Raise PlanError naming both models if this is the calibration of one of other sizes."""
+        expected = {"layers": num_layers, "heads": num_heads, "KV heads": num_kv_heads, "neurons": num_neurons}
+        given = dict(zip(("layers", "heads"), self.heads.shape)) | {"neurons": self.neurons.shape[1]}
+        if "kv_heads" in self.metadata:
+            given["KV heads"] = int(self.metadata["kv_heads"])
+        for name, count in given.items():
+            if count != expected[name]:
+                given = f"those of {origin(self.metadata)} with {count} {name}"
+                raise PlanError(f"calibration: got {given}, expected the model's {expected[name]}")
+
     def votes(self, threshold: float) -> np.ndarray:
         """bool (samples, L, H): the heads that a sample votes active, those with a ratio above `threshold`."""
         return self.ratios > threshold
@@ -65,20 +77,55 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, at once: an interrupted save leaves the old file."""
-        tensors = {name: getattr(self, name) for name in _TENSORS}
+        tensors = {name: getattr(self, name) for name in _SIZES}
         write_tensors(path, {name: array for name, array in tensors.items() if array is not None}, self.metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
         """Read what `save` wrote. Raises PlanError naming the file if it is missing or something else."""
         try:
+            if not is_file(path):
+                raise ValueError("there is none")
             tensors, metadata = read_tensors(path)
-            return cls(**tensors, metadata=metadata)
-        except (OSError, SafetensorError, TypeError) as error:
+            _check(tensors, metadata)
+        except ValueError as error:
             raise PlanError(f"calibration: {path}: expected a file that calibrate wrote ({error})") from None
+        return cls(**tensors, metadata=metadata)
 
 
-_TENSORS = tuple(field.name for field in dataclasses.fields(Calibration) if field.name != "metadata")
+# Sizes of the arrays: L layers, H heads, n samples, N neurons, or a number.
+_SIZES = {
+    "heads": "LH", "mass": "LH", "effects": "LH", "ratios": "nLH", "text_mass": "L", "attention_change": "L2",
+    "ffn_change": "L2", "neurons": "LN", "sensitivity": "L3",
+}  # fmt: skip
+
+
+def _check(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Raise ValueError unless these are a calibration's arrays, of sizes that agree."""
+    missing = sorted(_SIZES.keys() - {"sensitivity"} - tensors.keys())
+    unknown = sorted(tensors.keys() - _SIZES.keys())
+    if missing or unknown:
+        raise ValueError(f"without {missing[0]}" if missing else f"with a tensor {unknown[0]}")
+    sizes = {"2": 2, "3": 3}
+    for name, letters in _SIZES.items():
+        array = tensors.get(name)
+        if array is None:
+            continue
+        expected = tuple(sizes.setdefault(letter, size) for letter, size in zip(letters, array.shape))
+        if (len(letters), expected) != (array.ndim, array.shape) or 0 in expected or array.dtype.kind not in "fiu":
+            wanted = ", ".join(letter if letter.isdigit() else f"{letter}={sizes.get(letter)}" for letter in letters)
+            raise ValueError(f"{name} is {array.dtype} of shape {array.shape}, not numbers of ({wanted})")
+        if np.isnan(array).any():
+            raise ValueError(f"{name} holds NaN")
+    kv_heads = metadata.get("kv_heads", "1")
+    if not re.fullmatch("[1-9][0-9]{,8}", kv_heads) or sizes["H"] % int(kv_heads):
+        raise ValueError(f"kv_heads is {kv_heads[:80]!r} of {sizes['H']} heads")
+
+
+def origin(metadata: dict[str, str]) -> str:
+    """The model that was measured, in words, as far as the metadata says."""
+    name = metadata.get("model")
+    return f"a {metadata.get('class') or 'model'}{f' called {name!r}' if name else ''}"
 
 
 def keep_heads(scores: np.ndarray, budget: HeadBudget, num_kv_heads: int) -> np.ndarray:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .atomic_write import replaced
@@ -24,8 +25,19 @@ def write_tensors(path: str | Path, tensors: dict[str, np.ndarray], metadata: di
         save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, new, facts)
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file."""
-    with safe_open(path, "np") as file:
-        facts = json.loads((file.metadata() or {}).get(_FACTS, "{}"))
-        return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+def read_tensors(
+    path: str | Path, names: Collection[str] | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors (None: all; or some of them) and the metadata of a safetensors file.
+
+    Raises ValueError if it is missing or something else.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            facts = json.loads((file.metadata() or {}).get(_FACTS, "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys() if names is None or name in names}  # noqa: SIM118
+    except (OSError, SafetensorError, TypeError, RecursionError) as error:  # types that numpy does not have
+        raise ValueError(str(error)) from None
+    if not isinstance(facts, dict) or not all(isinstance(value, str) for value in facts.values()):
+        raise ValueError("its metadata is not text to text")
+    return tensors, facts

@@ -10,10 +10,24 @@ from pathlib import Path
 
 import yaml
 
-from .layer_plan import HeadBudget, HeadFile, LayerPlan, Neighborhood, NeuronBudget, PlanError, TokenBudget
+from .atomic_write import is_file
+from .layer_plan import (
+    HeadBudget,
+    HeadFile,
+    LayerPlan,
+    Neighborhood,
+    NeuronBudget,
+    PlanError,
+    TokenBudget,
+    brief,
+    is_number,
+    reason,
+)
 
 _PLAN_KEYS = ("name", "about", "semantics", "num_layers", "default", "layers")
 _LAYER_KEYS = tuple(f.name for f in dataclasses.fields(LayerPlan))
+# What PyYAML raises for numbers, dates and booleans that are none, and for text nested too deeply.
+_WRONG_VALUES = (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError)
 _NEIGHBORHOOD_KEYS = tuple(f.name for f in dataclasses.fields(Neighborhood))
 
 
@@ -22,11 +36,18 @@ def read_fields(source: str | Path) -> tuple[dict, str]:
 
     source: a YAML file (a `Path`, or a string that names a file) or YAML text.
     """
-    text, origin = _text_of(source)
+    if isinstance(source, str) and ("\n" in source or ":" in source and not is_file(source)):
+        text, origin = source, "plan"
+    elif isinstance(source, str | Path) and is_file(source):
+        text, origin = None, str(source)
+    else:
+        raise PlanError(f"plan: got {brief(source)}, expected a YAML file or YAML text")
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise PlanError(f"{origin}: not YAML: {' '.join(str(error).split())}") from None
+        data = yaml.safe_load(Path(source).read_text(encoding="utf-8") if text is None else text)
+    except OSError as error:
+        raise PlanError(f"{origin}: {error}") from None
+    except (yaml.YAMLError, *_WRONG_VALUES) as error:
+        raise PlanError(f"{origin}: not YAML: {reason(error)}") from None
     if not isinstance(data, dict):
         keys = ", ".join(_PLAN_KEYS)
         raise PlanError(f"{origin}: got {type(data).__name__}, expected a mapping with the keys {keys}")
@@ -36,21 +57,12 @@ def read_fields(source: str | Path) -> tuple[dict, str]:
         raise PlanError(f"{origin}: {error}") from None
 
 
-def _text_of(source: str | Path) -> tuple[str, str]:
-    if isinstance(source, str) and ("\n" in source or ":" in source and not Path(source).is_file()):
-        return source, "plan"
-    path = Path(source)
-    if not path.is_file():
-        raise PlanError(f"plan: got {str(source)!r}, expected a YAML file or YAML text")
-    return path.read_text(), str(path)
-
-
 def _known(keys, known: tuple[str, ...], where: str) -> None:
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
+            near = difflib.get_close_matches(brief(key).strip("'"), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise PlanError(f"{where}: got unknown key {key!r}, expected one of {', '.join(known)}{hint}")
+            raise PlanError(f"{where}: got unknown key {brief(key)}, expected one of {', '.join(known)}{hint}")
 
 
 def _fields(data: dict) -> dict:
@@ -60,16 +72,27 @@ def _fields(data: dict) -> dict:
         raise PlanError(f"layers: got {type(entries).__name__}, expected a mapping of layer ranges")
     num_layers = data.get("num_layers")
     if num_layers is not None and (type(num_layers) is not int or num_layers < 1):
-        raise PlanError(f"num_layers: got {num_layers!r}, expected an integer >= 1")
+        raise PlanError(f"num_layers: got {brief(num_layers)}, expected an integer >= 1")
     default = _changes(data.get("default", {}), "default")
     return {
-        "name": str(data.get("name", "custom")),
-        "about": str(data.get("about", "")),
+        "name": _words("name", data.get("name", "custom")),
+        "about": _words("about", data.get("about", "")),
         "semantics": data.get("semantics", "exclude"),
         "default": default if isinstance(default, LayerPlan) else LayerPlan(**default),
-        "entries": tuple((str(spec), _changes(value, f"layers {spec}")) for spec, value in entries.items()),
+        "entries": tuple((_words("layers", spec), _changes(value, _where(spec))) for spec, value in entries.items()),
         "num_layers": num_layers,
     }
+
+
+def _where(spec) -> str:
+    return f"layers {spec if isinstance(spec, str) and len(spec) < 40 else brief(spec)}"
+
+
+def _words(name: str, value) -> str:
+    """Text; numbers are taken as they are written."""
+    if not isinstance(value, str) and not is_number(value):
+        raise PlanError(f"{name}: got {brief(value)}, expected text")
+    return value if isinstance(value, str) else brief(value)
 
 
 def _changes(value, where: str) -> dict | LayerPlan:
@@ -77,7 +100,7 @@ def _changes(value, where: str) -> dict | LayerPlan:
     if value is False or value == "off":
         return LayerPlan.off()
     if not isinstance(value, dict):
-        raise PlanError(f"{where}: got {value!r}, expected 'off' or the keys {', '.join(_LAYER_KEYS)}")
+        raise PlanError(f"{where}: got {brief(value)}, expected 'off' or the keys {', '.join(_LAYER_KEYS)}")
     _known(value, _LAYER_KEYS, where)
     changes = dict(value)
     if "attention" in changes:
@@ -113,8 +136,10 @@ def _heads(value, where: str):
     if isinstance(value, dict):
         _known(value, ("keep", "by", "over", "file"), f"{where}: heads")
         if ("keep" in value) == ("file" in value) or "file" in value and len(value) > 1:
-            raise PlanError(f"{where}: heads: got {value!r}, expected either keep or file")
-        return HeadFile(str(value["file"])) if "file" in value else _budget(HeadBudget, value, where, "heads")
+            raise PlanError(f"{where}: heads: got {brief(value)}, expected either keep or file")
+        if "file" in value:
+            return HeadFile(_words(f"{where}: heads.file", value["file"]))
+        return _budget(HeadBudget, value, where, "heads")
     return tuple(value) if isinstance(value, list) else value
 
 

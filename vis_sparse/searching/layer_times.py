@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 from collections.abc import Callable
 
@@ -26,8 +27,10 @@ class LayerTimes:
     def __init__(self, probe: Probe, log: Log):
         """probe: of one sample, that which is timed."""
         self._probe, self._log = probe, log
+        self._where = f"{platform.node()}, {probe.target.model.device}, {torch.get_num_threads()} threads"
         self._dense_work = probe.work(VisualPlan.dense(probe.plan.num_layers))[0]
-        self._dense = log("seconds of the dense layer", lambda: [statistics.median(self._beside(self._dense_work)[1])])
+        key = f"seconds of the dense layer, {self._where}"
+        self._dense = log(key, lambda: [statistics.median(self._beside(self._dense_work)[1])])
 
     def __call__(self, plan: VisualPlan) -> float:
         return sum(map(self._seconds, self._probe.work(plan)))
@@ -36,7 +39,7 @@ class LayerTimes:
         # which heads and neurons changes no time, only how many
         counts = [len(heads) for heads in (work.query_heads, work.key_heads, work.value_heads)]
         neurons = work.neurons if isinstance(work.neurons, int) else len(work.neurons)
-        key = f"time of {counts}, {work.attention}, {work.reads}, {neurons}"
+        key = f"time of {counts}, {work.attention}, {work.reads}, {neurons}, {self._where}"
         (ratio,) = self._log(key, lambda: [statistics.median(own / dense for own, dense in zip(*self._beside(work)))])
         return ratio * self._dense[0]
 

@@ -102,15 +102,17 @@ def search_front(
     share in (0, 1] of the dense model's `cost`: "visual", FLOPs of the visual lane in prefill; "prefill", FLOPs of the
     decoder; "kv", bytes of visual keys and values; "time", seconds of the decoder's prefill on this machine
     (`layer_times.LayerTimes`); all of them for the sample of median length. objective: "kl", or "accuracy" of the
-    labels. calibration: a `Calibration` that says which heads and neurons go first; made from the samples if None.
-    time_limit: seconds after which candidates are not measured again before a step (each step still is), and nothing is
-    tried after the way down. batch: samples in one call. log: a file that holds what was measured; a search that is
-    stopped and started again with it goes on, and a search for another budget uses it.
+    labels. calibration: a `Calibration` of the model, or its file: which heads and neurons go first; made from the
+    samples if None. time_limit: seconds after which candidates are not measured again before a step (each step still
+    is), and nothing is tried after the way down. batch: samples in one call. log: a file that holds what was measured;
+    a search that is stopped and started again with it goes on, and a search for another budget uses it.
 
     Raises PlanError for settings out of range, PatchError and SampleError as `calibrate` does.
     """
     from ..calibration.measure import calibrate
+    from ..calibration.profiles import Target
     from ..calibration.samples import on_device
+    from ..patches.calibrated import checked_calibration
     from .published import chains
 
     if not 0 < budget <= 1:
@@ -119,7 +121,11 @@ def search_front(
         if given not in known:
             raise PlanError(f"{name}: got {given!r}, expected one of {', '.join(known)}")
     samples = [on_device(sample, model) for sample in samples]
-    calibration = calibration or calibrate(model, samples)
+    if calibration is None:
+        calibration = calibrate(model, samples)
+    else:
+        target = Target.of(model)
+        calibration = checked_calibration(calibration, model, target.text_model, target.decoder)
     meter, kv_heads = meter_of(model, samples, cost, batch, log), shape_of(model).kv_heads
     loss, ladder = OBJECTIVES[objective], LayerChanges(calibration, kv_heads)
     end = float("inf") if time_limit is None else time.monotonic() + time_limit
@@ -150,14 +156,17 @@ def meter_of(
     model, samples: Sequence[dict], cost: str = "visual", batch: int = 16, log: str | Path | None = None
 ) -> PlanLosses:
     """What measures plans in a search with these settings (`search_front`), with what is in its log."""
-    from ..calibration.fingerprint import of_samples, of_weights
+    from ..calibration.fingerprint import of_samples, of_versions
     from ..calibration.probe import Probe
     from ..calibration.profiles import Target
+    from ..patches.calibrated import of_weights
     from .log import Log
 
     target, shape = Target.of(model), shape_of(model)
     probe = Probe(target, samples, batch)
-    known = Log(log, {"weights": of_weights(target.text_model), "samples": of_samples(samples)})
+    # rough measurements take every so manieth batch
+    facts = {"weights": of_weights(model), "samples": of_samples(samples), "batch": str(batch)}
+    known = Log(log, facts | of_versions())
     middle = middle_sample(probe)
     if cost == "time":
         from .layer_times import LayerTimes

@@ -6,7 +6,9 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models import MODEL_REGISTRY_V2
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from ...checkpoints.errors import MALFORMED
 from ...patches.errors import PatchError
+from ...plans.layer_plan import reason
 
 # model_type of a checkpoint's config -> name of lmms-eval's model
 BASES = {
@@ -28,7 +30,10 @@ def base_class(pretrained: str, name: str | None = None, simple: bool = False) -
     name: of lmms-eval's model, to override the choice by the checkpoint's model_type. simple: the class for plain
     prompts where there is one, not the one for chat messages. Raises PatchError.
     """
-    kind = AutoConfig.from_pretrained(pretrained).model_type
+    try:
+        kind = AutoConfig.from_pretrained(pretrained).model_type
+    except (*MALFORMED, OSError) as error:
+        raise PatchError(f"model: got {pretrained!r}, expected a multimodal checkpoint ({reason(error)})") from None
     if name is None:
         if kind not in BASES:
             raise PatchError(

@@ -41,11 +41,17 @@ class CostMeter:
         self._pairs = Counter()
         self._is_warm = self._is_dense_first = False
         self._shape, self._counted = shape_of(model), {}
-        self._plain_generate = model.generate
-        model.generate = self.generate
+        self._install()
+
+    def _install(self) -> None:
+        self._before, self._plain_generate = vars(self.model).get("generate"), self.model.generate
+        self.model.generate = self.generate
 
     def remove(self) -> None:
-        del self.model.generate  # of the instance; the class has its own
+        if self._before is None:
+            del self.model.generate  # of the instance; the class has its own
+        else:
+            self.model.generate = self._before  # a patch's
 
     def reading(self, task_dict: Mapping) -> Mapping:
         """`task_dict` ({task: {split: documents}}), noting what is read from it."""
@@ -132,8 +138,15 @@ class CostMeter:
         before the clocks start."""
 
         def run_unpatched():
-            with unpatched(self.model):
-                return self.run(*args, **kwargs)
+            # a patch has a `generate` of its own below this one
+            self.remove()
+            try:
+                with unpatched(self.model):
+                    output = []
+                    seconds = timed(lambda: output.append(self.model.generate(*args, **kwargs)), self.model.device)
+                    return output[0], seconds
+            finally:
+                self._install()
 
         if not self._is_warm:
             self._is_warm = True

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -12,10 +10,15 @@ from lmms_eval.api.instance import GenerationResult, Instance, unwrap_generation
 from lmms_eval.api.model import lmms
 from lmms_eval.utils import simple_parse_args_string
 from loguru import logger
-from PIL import ImageFile
+from safetensors import SafetensorError
+from transformers import AutoModelForImageTextToText
 
+from ...calibration.records import whole_images
+from ...checkpoints.errors import MALFORMED, CheckpointError
+from ...checkpoints.loaded import check_loaded
 from ...patches import patch, unpatch
 from ...patches.errors import PatchError
+from ...plans.layer_plan import reason
 from .bases import base_class
 from .columns import SampleCost, install
 from .conversation import converse, turns
@@ -69,7 +72,17 @@ def load(
     takes_dtype = "dtype" in inspect.signature(kind.__init__).parameters
     if dtype is not None and takes_dtype:
         arguments["dtype"] = dtype
-    model = type(f"VisSparse{kind.__name__}", (PatchedModel, kind), {})(pretrained=pretrained, **arguments)
+    try:
+        # without memory for weights: lmms-eval's classes do not tell what was missing
+        _, loaded = AutoModelForImageTextToText.from_pretrained(
+            pretrained, device_map="meta", output_loading_info=True
+        )
+        check_loaded(pretrained, loaded)
+        model = type(f"VisSparse{kind.__name__}", (PatchedModel, kind), {})(pretrained=pretrained, **arguments)
+    except (*MALFORMED, OSError, SafetensorError, ImportError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise PatchError(f"model: got {pretrained!r}, expected a multimodal checkpoint ({reason(error)})") from None
     if dtype is not None and not takes_dtype:
         model.model.to(getattr(torch, dtype))
     install()
@@ -123,7 +136,7 @@ class PatchedModel:
         """Why documents cannot be read, broken images above all. If none can, that is no matter of single documents
         and the first error is raised."""
         errors, first = {}, None
-        with _whole_images():
+        with whole_images():
             for request in requests:
                 try:
                     _media(request)(self._document(request))
@@ -154,16 +167,6 @@ class PatchedModel:
 
     def _processor(self):
         return getattr(self, "processor", None) or self._image_processor
-
-
-@contextmanager
-def _whole_images() -> Iterator[None]:
-    """lmms-eval lets pillow fill up what is missing of a truncated image, and nobody hears of it; not in here."""
-    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _key(request: Instance) -> Key:

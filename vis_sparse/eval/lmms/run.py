@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,11 +17,15 @@ from lmms_eval import evaluator
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import handle_non_serializable
 
-from ... import __version__
+from ...calibration.fingerprint import of_checkpoint, of_versions
 from ...calibration.records import SampleError
-from ...plans.files import shown_names
-from ...plans.layer_plan import PlanError
+from ...patches.errors import PatchError
+from ...plans.budgets import load_heads
+from ...plans.files import load_plan, shown_names
+from ...plans.layer_plan import HeadFile, LayerPlan, PlanError, reason
+from ...plans.scores import Calibration
 from ..tasks import folder
+from ..tasks.tiny import made_by
 from ..timing import machine_facts
 from .columns import COLUMNS
 from .model import load
@@ -56,21 +61,29 @@ def evaluate(
     """Run every plan on every task, all plans of a task in a row; returns the rows of `summary`.
 
     out: for each pair `<task>/<plan>.json` with its results, and with it `<task>/<plan>.<subtask>.jsonl`, a line a
-    sample. A pair whose results are there from the same settings is read, not run. on_pair(task, plan, is it read):
+    sample. A pair whose results are there from the same settings, checkpoint, plan, calibration, task and versions is
+    read, not run; one that is there from others is said to be on stderr, and run anew. on_pair(task, plan, is it read):
     called before each pair. Raises PatchError, PlanError, or SampleError for a task that lmms-eval does not know.
     """
-    manager = task_manager(tasks)
     if len({_file_name(plan) for plan in plans}) < len(plans):
         raise PlanError(f"plan: got {', '.join(plans)}, expected plans of different names")
+    made_from = _made_from(settings)
+    if settings.calibration is not None:
+        Calibration.load(settings.calibration)  # before anything is measured
+    if settings.heads not in (None, "first"):
+        load_heads(settings.heads)
+    manager = task_manager(tasks)
+    contents = {plan: made_from | _contents(settings, plan) for plan in plans}
+    named = {plan: asdict(settings) | {"plan": plan, "contents": contents[plan]} for plan in plans}
     model, pairs, names = None, {}, shown_names(plans)
     for task in tasks:
         for plan in plans:
             file = out / task / f"{_file_name(plan)}.json"
-            kept = _kept(file, settings, plan)
+            kept = _kept(file, named[plan])
             on_pair(task, plan, kept is not None)
             if kept is None:
                 model = model or _load(settings)
-                kept = _run(model, settings, plan, task, manager, file)
+                kept = _run(model, settings, named[plan], task, manager, file)
             pairs[task, plan] = kept
     return summary(pairs, names)
 
@@ -98,8 +111,8 @@ def _load(settings: Settings):
     return model
 
 
-def _run(model, settings: Settings, plan: str, task: str, manager: TaskManager, file: Path) -> dict:
-    model.use_plan(plan, calibration=settings.calibration, heads=settings.heads, paired=settings.paired)
+def _run(model, settings: Settings, named: dict, task: str, manager: TaskManager, file: Path) -> dict:
+    model.use_plan(named["plan"], calibration=settings.calibration, heads=settings.heads, paired=settings.paired)
     results = evaluator.simple_evaluate(
         model=model,
         tasks=[task],
@@ -119,7 +132,7 @@ def _run(model, settings: Settings, plan: str, task: str, manager: TaskManager, 
         failed[name] = {s["doc_id"]: _error(s) for s in samples if _error(s)}
         answers[name] = {str(s["doc_id"]): s["filtered_resps"] for s in samples}
     kept = {
-        "settings": _named(settings, plan),
+        "settings": named,
         "results": results["results"],
         "higher_is_better": results["higher_is_better"],
         "samples": {name: len(samples) for name, samples in results["samples"].items()},
@@ -138,22 +151,50 @@ def _error(sample: dict) -> str | None:
     return next((counts["error"] for counts in sample["token_counts"] if counts and "error" in counts), None)
 
 
-def _kept(file: Path, settings: Settings, plan: str) -> dict | None:
+def _kept(file: Path, named: dict) -> dict | None:
+    """The results in a file, if they are from what is named; why not goes to stderr."""
     if not file.is_file():
         return None
-    kept = json.loads(file.read_text())
-    return kept if kept["settings"] == _named(settings, plan) else None
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        before = dict(kept["settings"])
+    except (ValueError, KeyError, TypeError):
+        print(f"{file}: expected the results of an earlier run; measured again", file=sys.stderr)
+        return None
+    if before == named:
+        return kept
+    contents, earlier = named["contents"], before.get("contents") or {}
+    changed = [name for name in named if name != "contents" and named[name] != before.get(name)]
+    changed += [f"{name} (what is in it)" for name in contents if contents[name] != earlier.get(name)]
+    changed += [name for name in earlier if name not in contents]
+    print(f"{file}: is of another {', '.join(changed) or 'run'}; measured again", file=sys.stderr)
+    return None
 
 
-def _named(settings: Settings, plan: str) -> dict:
-    """Everything that results depend on; of files, what is in them."""
-    files = {"plan": plan, "calibration": settings.calibration, "heads": settings.heads}
-    contents = {
-        name: hashlib.sha256(Path(file).read_bytes()).hexdigest()
-        for name, file in files.items()
-        if file is not None and Path(file).is_file()
-    }
-    return asdict(settings) | {"plan": plan, "contents": contents, "vis_sparse": __version__}
+def _made_from(settings: Settings) -> dict[str, str]:
+    """What all results of a run depend on, beside its settings: checkpoint, tasks, versions."""
+    try:
+        checkpoint = of_checkpoint(settings.model)
+    except (OSError, ValueError) as error:
+        raise PatchError(f"model: got {settings.model!r}, expected a multimodal checkpoint ({reason(error)})") from None
+    return {"model": checkpoint, "tasks": made_by()} | of_versions("lmms_eval")
+
+
+def _contents(settings: Settings, plan: str) -> dict[str, str]:
+    """Hex digests of what a plan, its mask files and the score files say."""
+    recipe = load_plan(plan)
+    files = {"calibration": settings.calibration, "heads": settings.heads}
+    for layer in (recipe.default, *(changes for _, changes in recipe.entries)):
+        heads = layer.heads if isinstance(layer, LayerPlan) else layer.get("heads")
+        if isinstance(heads, HeadFile):
+            files[f"heads of {plan}"] = heads.file
+    digests = {name: _digest(Path(file)) for name, file in files.items() if file is not None}
+    return digests | {"plan": hashlib.sha256(repr(recipe).encode()).hexdigest()}
+
+
+def _digest(file: Path) -> str:
+    """Of a file's bytes; of one that is missing, which is refused where it is read, nothing."""
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def _file_name(plan: str) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 QUESTIONS = 1000  # of each kind
@@ -31,16 +32,29 @@ def __getattr__(name: str) -> dict:
 
 def _parquet(kind: str) -> Path:
     """The file with the documents of a kind, made on first use."""
-    from vis_sparse.eval.tiny import data
-
-    made_by = inspect.getsource(data) + Path(__file__).read_text(encoding="utf-8")
-    path = _cache() / f"{kind}-{hashlib.sha256(made_by.encode()).hexdigest()[:12]}.parquet"
+    path = _cache() / f"{kind}-{made_by()[:12]}.parquet"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
         (_conversations() if kind == "turns" else _questions(kind)).to_parquet(unfinished)
         unfinished.replace(path)
     return path
+
+
+def made_by() -> str:
+    """Hex digest of what the documents and the scoring of all these tasks are made by: code, definitions, the sizes of
+    the images that the small models know, and the packages that images come from."""
+    from vis_sparse.eval.tiny import data
+    from vis_sparse.eval.tiny.families import FAMILIES
+
+    digest = hashlib.sha256(inspect.getsource(data).encode())
+    for file in sorted(Path(__file__).parent.iterdir()):
+        if file.is_file():
+            digest.update(file.read_bytes())
+    sizes = {name: family.SIZES for name, family in FAMILIES.items()}
+    versions = [version(package) for package in ("easy_vqa", "scikit-learn", "numpy", "pillow")]
+    digest.update(repr((sizes, versions)).encode())
+    return digest.hexdigest()
 
 
 def _cache() -> Path:

@@ -181,6 +181,11 @@ class Run:
             self.log_file.write_text("")
         self.log(machine=machine())
 
+    @property
+    def _trained(self) -> str:
+        """What must be equal for a training to go on."""
+        return f"{self.family.NAME}, {self.recipe}"
+
     def advance(self, loss_function: Callable, visual_tokens: Callable) -> Tensor:
         """One step; returns the summands of the loss."""
         number, _ = stage_at(self.recipe, self.step)
@@ -211,13 +216,19 @@ class Run:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}/{name}"] = value
         new = self.folder / "state.new"
-        facts = {"step": str(self.step), "seconds": str(self._seconds())}
+        facts = {"step": str(self.step), "seconds": str(self._seconds()), "trained": self._trained}
         save_file(tensors, new, metadata=facts)
         os.replace(new, self.folder / "state.safetensors")
         self.saved = time.monotonic()
 
     def _load(self) -> None:
-        with safe_open(self.folder / "state.safetensors", "pt") as state, torch.no_grad():
+        file = self.folder / "state.safetensors"
+        with safe_open(file, "pt") as state, torch.no_grad():
+            if state.metadata().get("trained") != self._trained:
+                raise ValueError(
+                    f"{file} is of another model or recipe than {self._trained}, expected the same (remove the folder "
+                    "to start again)"
+                )
             self.step, self.seconds = int(state.metadata()["step"]), float(state.metadata()["seconds"])
             stored = set(state.keys())
             for name, parameter in self.model.named_parameters():
