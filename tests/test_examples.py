@@ -123,7 +123,8 @@ def test_calibrate_and_search(run, tmp_path):
     assert 0 < share <= 0.25
     assert vis_sparse.Calibration.load(tmp_path / "found" / "calibration.safetensors").num_samples == 32
     said = under(lines)
-    assert percents(said["searched"])[0] == pytest.approx(100 * share, abs=1) and min(percents(said["dense"])[1:]) > 90
+    assert percents(said["searched"])[0] == pytest.approx(100 * share, abs=0.51)
+    assert min(percents(said["dense"])[1:]) > 90
     assert sum(percents(said["searched"])[1:]) / 4 > 80  # dense answers 100 of 100, blind ones 28
     # which heads matter and what is found hang on the machine's arithmetic; what is told does not
     told = [re.sub(r"\d+", "#", line.replace(str(tmp_path / "found"), "out/examples")) for line in lines]

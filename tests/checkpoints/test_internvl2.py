@@ -146,7 +146,7 @@ def rename(folder: Path, old: str, new: str | None) -> None:
     [
         (lambda folder: change(folder, model_type="llava"), "model_type.*'llava'.*'internvl_chat'"),
         (lambda folder: change(folder, ps_version="v1"), "ps_version.*'v1'.*'v2'"),
-        (lambda folder: change(folder, llm_config={"architectures": ["Mpt"]}), "got Mpt, expected.*Phi3ForCausalLM"),
+        (lambda folder: change(folder, llm_config={"architectures": ["Mpt"]}), "got 'Mpt', expected.*Phi3ForCausalLM"),
         (lambda folder: (folder / "added_tokens.json").unlink(), "image_token_id.*<IMG_CONTEXT>"),
         (lambda folder: (folder / "config.json").unlink(), "without a config.json"),
         (lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(), "without model-00002-of-00002"),

@@ -62,10 +62,12 @@ def test_help_of_the_commands_that_run_models(command):
 
 def test_demo_takes_heads_from_the_calibration_it_is_given(tmp_path):
     shipped = Calibration.load(checkpoint() / "heads.safetensors")
-    shallow = {name: getattr(shipped, name)[:6] for name in ("heads", "neurons")}
+    by_layer = ("heads", "mass", "effects", "text_mass", "attention_change", "ffn_change", "neurons")
+    shallow = {name: getattr(shipped, name)[:6] for name in by_layer} | {"ratios": shipped.ratios[:, :6]}
     Calibration(**{**vars(shipped), **shallow}).save(tmp_path / "shallow.safetensors")
     result = run("demo", "--calibration", tmp_path / "shallow.safetensors", "--out", tmp_path / "out")
-    assert result.exit_code != 0 and "heads: got shape (6, 8), expected (layers, heads) = (8, 8)" in result.output
+    given = "calibration: got those of a LlavaForConditionalGeneration called 'llava'"
+    assert result.exit_code == 2 and f"{given} with 6 layers, expected the model's 8" in result.output
     assert not (tmp_path / "out").exists()
 
 
@@ -305,7 +307,7 @@ def test_a_calibration_says_which_heads_budgets_keep(calibration, budgets):
     assert counted["total"] == flops(load_shape(str(checkpoint())), plan).total
     assert counted["total"] < read_json("flops", "--plan", budgets, *common[:2])["plans"][0]["total"]
     refused = run("flops", "--plan", budgets, "--calibration", calibration)
-    assert refused.exit_code == 2 and "got shape (8, 8), expected (layers, heads) = (32, 32)" in refused.output
+    assert refused.exit_code == 2 and "with 8 layers, expected the model's 32" in refused.output
 
 
 def test_bench_takes_a_calibration(calibration, budgets):

@@ -314,7 +314,7 @@ def test_images_without_text_after_them_have_nobody_to_choose(samples):
     first = [s for s in batch.layout.segments if s.sample == len(samples) - 1][-1].start
     message = (
         f"tokens: got a call with the visual token at position {first} of sample {len(samples) - 1} and no text after "
-        "it, expected text after the images of every call (by attention, the call's last text row chooses)"
+        "it, expected text of the prompt after the images of every call (by attention, its last row chooses)"
     )
     with pytest.raises(LayoutError, match=re.escape(message)):
         run(model, batch)

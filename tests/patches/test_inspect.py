@@ -33,6 +33,20 @@ def test_counts_the_last_prompt():
 
 
 @torch.no_grad()
+def test_counts_the_prompt_of_a_generation():
+    """Decode steps follow it, and leave its counts."""
+    model = vis_sparse.patch(make_model(dtype=torch.float32), VisualPlan((SCATTERED,) * LAYERS))
+    batch = make_batch(model, [(5, IMAGE, 4)])
+    inputs = batch.to_generate() | {"pixel_values": batch.pixel_values.float()}
+    model(**inputs)
+    prompt = vis_sparse.inspect(model)
+    model.generate(**inputs, max_new_tokens=3)
+    seen = vis_sparse.inspect(model)
+    assert seen["last_call"].past > 0 == prompt["last_call"].past
+    assert (seen["flops"], seen["flops_dense"]) == (prompt["flops"], prompt["flops_dense"])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_counts_no_padding(side):
     """A ragged batch costs what its samples cost, each with the text rows of the longest."""

@@ -116,7 +116,7 @@ def test_a_plan_of_another_depth_is_refused():
         ),
         (
             "layers: {3: {heads: {keep: 2, file: a.npy}}}",
-            "plan: layers 3: heads: got {'keep': 2, 'file': 'a.npy'}, expected either keep or file",
+            "plan: layers 3: heads: got {'file': 'a.npy', 'keep': 2}, expected either keep or file",
         ),
         (
             "layers: {3: {heads: {keep: 2.5}}}",

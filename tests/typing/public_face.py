@@ -31,6 +31,9 @@ def patching(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
     assert_type(layout.num_visual, int)
     with vis_sparse.use_layout(model, layout):
         model(**inputs)
+    vis_sparse.patch(model, {"fast": "yopo-12", "exact": vis_sparse.VisualPlan.dense(32)}, verify=False)
+    with vis_sparse.use_plan(model, "exact"), vis_sparse.use_prompt(model, [40, 42]):
+        model(**inputs)
     assert_type(vis_sparse.inspect(model), dict[str, Any] | None)
     assert_type(vis_sparse.unpatch(model), nn.Module)
     vis_sparse.patch("llava")  # pyright: ignore[reportArgumentType]

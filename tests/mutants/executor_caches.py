@@ -1,0 +1,229 @@
+"""Mutants of the executor's caches and tables."""
+
+from .mutant import dropping, mutants, oracle
+
+CACHE, CALL = "executor/cache.py", "executor/call.py"
+KEPT_CALLS, KEPT_CUTS = "executor/kept_calls.py", "executor/kept_cuts.py"
+
+MUTANTS = mutants((
+    # The KV cache
+    (
+        "slots counted for columns", CACHE,
+        "self.length += length\n",
+        "self.length += slots.column.shape[1]\n",
+        "executor/test_cache.py::test_length_is_that_of_the_sequence",
+    ),
+    (
+        "samples with other columns count as uniform", CACHE,
+        "bool(slots.valid.all() and (slots.column == slots.column[:1]).all())",
+        "bool(slots.valid.all())",
+        "executor/test_cache_layers.py::test_reorder_of_samples_with_images_at_other_columns",
+    ),
+    (
+        "segments of earlier calls keep their identity", CACHE,
+        "earlier = self.slots._replace(segment=np.where(self.slots.is_visual, np.iinfo(np.int64).max, -1))",
+        "earlier = self.slots",
+        *oracle("chunks", "grid-chunks"),
+    ),
+    (
+        "crop keeps a slot too few", CACHE,
+        ".max(initial=-1) + 1",
+        ".max(initial=-1)",
+        "executor/test_cache.py::test_crop_of_a_batch",
+    ),
+    (
+        "crop to a length takes it for a number to remove", CACHE,
+        "max(length - tokens_to_remove, 0)",
+        "tokens_to_remove",
+        "executor/test_cache_layers.py::test_crop_to_a_length",
+    ),
+    (
+        "stores grown in place under gradients", CACHE,
+        "elif not self._grows_in_place():",
+        "elif False:",
+        "patches/test_wraps.py::test_backward_through_a_cache",
+    ),
+    (
+        "stores grown in place while only queries train", CACHE,
+        "return not torch.is_grad_enabled() and not any(",
+        "return not any(",
+        "patches/test_wraps.py::test_backward_through_a_cache",
+    ),
+    (
+        "only one of the stores follows its samples", CACHE,
+        "for store in (self.seen, self.rest):",
+        "for store in (self.seen,):",
+        "executor/test_cache.py::test_reorder",
+    ),
+    (
+        "a bool mask taken for indices", CACHE,
+        "self._select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)",
+        "self._select(indices.long())",
+        "executor/test_cache_layers.py::test_select_by_a_mask",
+    ),
+    (
+        "samples repeated in turn, not in place", CACHE,
+        "torch.arange(batch).repeat_interleave(repeats)",
+        "torch.arange(batch).repeat(repeats)",
+        "executor/test_cache.py::test_repeat_interleave",
+    ),
+    (
+        "bytes of the whole buffers", CACHE,
+        "sum(t.numel() * t.element_size() for t in self.tensors)",
+        "sum(t.numel() * t.element_size() for t in self.buffers)",
+        "executor/test_cache_layers.py::test_bytes_are_those_of_the_slots_in_use",
+    ),
+    (
+        "a cache that is reset keeps its stores", CACHE,
+        "            self.book.__init__(len(self.book.slots.sample), self.book.plan)\n"
+        "        self.seen, self.rest = Store(), Store()",
+        "            self.book.__init__(len(self.book.slots.sample), self.book.plan)",
+        "executor/test_cache.py::test_reset",
+    ),
+    # A call's tables
+    (
+        "columns that are masked later are read", CALL,
+        "return cls(packing, book.slots.masked(mask), book.text_slots().masked(mask), device",
+        "return cls(packing, book.slots, book.text_slots(), device",
+        "executor/test_call_tables.py::test_columns_that_are_masked_later_are_read_no_longer",
+    ),
+    (
+        "columns counted without those that left are looked up again", CALL,
+        "left = self.in_sequence.keep(kept)",
+        "left = self.packing.keep(kept)",
+        *dropping("pyramiddrop", "left-chunks", "chunks"),
+    ),
+    (
+        "chunks attend to themselves alone", CALL,
+        "if covers and not self.packing.past else None",
+        "if covers else None",
+        "executor/test_parity.py::test_dense_plan_is_the_unpatched_model[llama-chunks-torch]",
+        *oracle("chunks"),
+    ),
+    (
+        "lanes write into the caller's rows", CALL,
+        "return rows.clone(), cos[:, None], sin[:, None]",
+        "return rows, cos[:, None], sin[:, None]",
+        "executor/test_call_tables.py::test_rows_of_the_caller_stay_as_they_were",
+    ),
+    (
+        "scores of the cache's first slots", CALL,
+        "seen[:, end - self.packing.visual_slots.shape[1] : end]",
+        "seen[:, : self.packing.visual_slots.shape[1]]",
+        *dropping("fastv", "chunks"),
+        "executor/test_tokens.py::test_two_turns",
+    ),
+    (
+        "the first text row ranks", CALL,
+        "return text[:, -1]",
+        "return text[:, 0]",
+        *dropping("fastv", "one"),
+    ),
+    (
+        "the ranking row reads the answer behind it", CALL,
+        "read = read & (self._seen.column <= last[:, None])",
+        "read = read & (self._seen.column <= last.max() + 99)",
+        "executor/test_prompt_ends.py::test_teacher_forcing_gives_the_logits_of_decoding",
+        "executor/test_call_tables.py::test_slots_behind_the_ranking_row_are_not_read",
+    ),
+    (
+        "layers share a mask whichever heads are blind", CALL,
+        """        if (seen, blind) not in self._patterns:
+            columns = self.packing.text_columns + self.packing.past
+            slots = self._seen if seen else self._rest
+            self._patterns[seen, blind] = TextPattern(columns, slots, blind, self.device)
+        return self._patterns[seen, blind]""",
+        """        if seen not in self._patterns:
+            columns = self.packing.text_columns + self.packing.past
+            slots = self._seen if seen else self._rest
+            self._patterns[seen] = TextPattern(columns, slots, blind, self.device)
+        return self._patterns[seen]""",
+        *oracle("one", "left", "ragged"),
+    ),
+    (
+        "layers share windows, stored or not", CALL,
+        """        if (attention, stored) not in self._patterns:
+            slots = self._seen if stored else self._unstored_slots()
+            self._patterns[attention, stored] = VisualPattern(attention, self.packing.visual, slots, self.device)
+        return self._patterns[attention, stored]""",
+        """        if attention not in self._patterns:
+            slots = self._seen if stored else self._unstored_slots()
+            self._patterns[attention] = VisualPattern(attention, self.packing.visual, slots, self.device)
+        return self._patterns[attention]""",
+        "executor/test_call_tables.py::test_layers_that_store_visual_keys_and_layers_that_do_not",
+    ),
+    (
+        "padding rows are written back", CALL,
+        "return None if self._is_real.all() else self._to(np.flatnonzero(self._is_real))",
+        "return None",
+        "executor/test_call_tables.py::test_columns_of_padding_keep_their_values",
+    ),
+    # Kept tables
+    (
+        "kept calls never evicted", KEPT_CALLS,
+        "while self._calls and sum(self._bytes.values()) > self.limit:",
+        "while False:",
+        "patches/test_calls.py::test_kept_tables_are_bounded",
+    ),
+    (
+        "the newest call is evicted", KEPT_CALLS,
+        "popitem(last=False)",
+        "popitem(last=True)",
+        "executor/test_kept_calls.py",
+    ),
+    (
+        "a call that is used again grows no younger", KEPT_CALLS,
+        "self._calls.move_to_end(key)",
+        "pass",
+        "executor/test_kept_calls.py",
+    ),
+    (
+        "tables added later are not weighed", KEPT_CALLS,
+        "self._bytes.pop(key, None)  # a run may add tables",
+        "pass",
+        "executor/test_kept_calls.py",
+    ),
+    (
+        "views are weighed by their own size", KEPT_CALLS,
+        "            while isinstance(item.base, np.ndarray):\n                item = item.base\n",
+        "",
+        "executor/test_kept_calls.py",
+    ),
+    # Kept weights
+    (
+        "copies kept while gradients are recorded", KEPT_CUTS,
+        "if all(map(is_plain, found)) and not records_gradients(found):",
+        "if all(map(is_plain, found)):",
+        "executor/test_kept_cuts.py::test_training_keeps_no_copies",
+    ),
+    (
+        "versions of parameters not asked", KEPT_CUTS,
+        "if state != self._state or not _equal(seen, self._print):",
+        "if not _equal(seen, self._print):",
+        "executor/test_weights_seen.py::test_an_edit_of_one_element_is_seen_by_its_version",
+    ),
+    (
+        "values of parameters not looked at", KEPT_CUTS,
+        "if state != self._state or not _equal(seen, self._print):",
+        "if state != self._state:",
+        "executor/test_kept_cuts.py::test_no_change_of_weights_is_missed[by_copy_in_storage]",
+    ),
+    (
+        "biases not looked at", KEPT_CUTS,
+        "for p in (m.weight, m.bias) if p is not None]",
+        "for p in (m.weight,)]",
+        "executor/test_kept_cuts.py::test_no_change_of_weights_is_missed[by_bias]",
+    ),
+    (
+        "the fingerprint looks at one column", KEPT_CUTS,
+        "step = max(1, min(rows, columns - 1))\n    while gcd(step, columns) > 1:\n        step -= 1\n",
+        "step = columns\n",
+        "executor/test_kept_cuts.py::test_the_fingerprint_looks_at_every_row_and_column",
+    ),
+    (
+        "copies let go are taken for kept", KEPT_CUTS,
+        "            cut.forget()\n        self._state, self._print = None, []",
+        "            cut.forget()",
+        "executor/test_weights_seen.py::test_copies_that_were_let_go_are_made_again",
+    ),
+))  # fmt: skip
