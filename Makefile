@@ -8,8 +8,11 @@ DEMO ?=
 FAMILY ?= llava
 RESULTS ?=
 TINY ?=
+MUTANTS ?=
 PYTEST ?= -n 2 -q
+FUZZ ?= --cases 100000
 OLD := .venv-old
+NEXT := .venv-next
 # the original package pins torch 2.0 and transformers 4.36, but its model classes run on today's
 LLAVA := --no-deps llava-torch==1.2.2.post1
 
@@ -17,12 +20,15 @@ LLAVA := --no-deps llava-torch==1.2.2.post1
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test test-fast test-old lint types package docs figures bench results tiny clean
+.PHONY: help setup demo test test-fast test-old test-next fuzz lint types package docs figures bench results tiny clean
 help:
 	@echo "make demo    the shipped tiny LLaVA, dense and under three plans, on held-out images: table, PNG, HTML page"
 	@echo "make test    the tests"
 	@echo "make test-fast  the tests without the slow cases, for every change"
 	@echo "make test-old  the tests on transformers 5.17 and torch 2.11, in $(OLD)"
+	@echo "make test-next  the tests on the newest pre-release of transformers, in $(NEXT)"
+	@echo "make fuzz    random cases against the oracle, 100,000 resumable: FUZZ='--seconds 600'"
+	@echo "make mutants  small faults, one by one in a copy of the package: tests must find them"
 	@echo "make lint    ruff"
 	@echo "make types   pyright on the public face, as a user's editor reads it, and how much of the package is typed"
 	@echo "make package  sdist and wheel into dist/, each installed in an environment of its own and tried there"
@@ -56,6 +62,20 @@ test-old:
 	$(OLD)/bin/python -m pip install --quiet $(LLAVA)
 	$(OLD)/bin/python -m pytest $(PYTEST)
 
+# transformers as it will be: its newest release or pre-release
+test-next:
+	test -x $(NEXT)/bin/python || $(PYTHON) -m venv $(NEXT)
+	$(NEXT)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(NEXT)/bin/python -m pip install --quiet $(LLAVA)
+	$(NEXT)/bin/python -m pip install --quiet --upgrade --pre transformers
+	$(NEXT)/bin/python -m pytest $(PYTEST)
+
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz --out out/fuzz.jsonl $(FUZZ)
+
+mutants: $(READY)
+	$(BIN)/python -m tests.mutants $(MUTANTS)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 
@@ -86,4 +106,4 @@ tiny: $(READY)
 	$(BIN)/python -m vis_sparse.eval.tiny.train --family $(FAMILY) $(TINY)
 
 clean:
-	rm -rf $(VENV) $(OLD) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD) $(NEXT) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -9,6 +9,8 @@ from setuptools import find_packages, setup
 EVAL = ["decord>=0.6", "lmms-eval==0.7.3", "matplotlib>=3.7", "pytablewriter>=1"]
 DEMO = ["easy-vqa>=1.0", "matplotlib>=3.7", "pillow>=10", "scikit-learn>=1.3", "torchvision>=0.24"]
 DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30"]
+TRAIN = ["accelerate>=1.0", "peft>=0.17"]
+QUANTISED = ["bitsandbytes>=0.50", "torchao>=0.18"]
 TOOLS = ["build>=1.2", "pyright[nodejs]>=1.1.400", "ruff>=0.9", "twine>=6.1"]
 HERE = Path(__file__).parent
 README = HERE / "README.md"
@@ -55,8 +57,18 @@ setup(
         "demo": DEMO,
         "docs": DOCS,
         "eval": EVAL,
-        "train": ["accelerate>=1.0", "peft>=0.17"],
-        "dev": [*DEMO, *DOCS, *EVAL, "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.5", *TOOLS],
+        "train": TRAIN,
+        "dev": [
+            *DEMO,
+            *DOCS,
+            *EVAL,
+            *TRAIN,
+            *QUANTISED,
+            *TOOLS,
+            "hypothesis>=6.100",
+            "pytest>=8.0",
+            "pytest-xdist>=3.5",
+        ],
     },
     entry_points={
         "console_scripts": ["vis-sparse = vis_sparse.cli.main:app"],

@@ -42,9 +42,10 @@ searched = vis_sparse.search(model, samples[:8], budget=BUDGET, calibration=cali
 print("written:", folder / "calibration.safetensors", folder / "plan.yaml")
 
 asked = [question for kind in KINDS for question in questions(kind, 12)]
-dense = vis_sparse.flops(model, "dense").prefill.lane("visual")
+prompt = {"text_tokens": 11, "text_before": 2}  # of these questions: what the search counted
+dense = vis_sparse.flops(model, "dense", **prompt).prefill.lane("visual")
 for plan in ("dense", searched, "yopo-25"):
-    share = vis_sparse.flops(model, plan).prefill.lane("visual") / dense
+    share = vis_sparse.flops(model, plan, **prompt).prefill.lane("visual") / dense
     with vis_sparse.patched(model, plan, calibration=calibration):
         right = score(model, processor, asked)
     shares = ", ".join(f"{kind} {share:.0%}" for kind, share in right.items())
