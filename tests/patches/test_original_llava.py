@@ -1,5 +1,6 @@
 """The original `llava` package: its own classes, vision tower and splicing, and the official YOPO code's numbers."""
 
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -239,3 +240,33 @@ def test_released_plan_needs_its_settings():
     model.config.mlpcut_ratio = 2
     plan = vis_sparse.released_plan(model, np.ones((LAYERS, 8), dtype=bool))
     assert plan.semantics == "zero" and isinstance(plan, VisualPlan)
+
+
+@torch.no_grad()
+def test_threads_on_one_model(tower):
+    """What is spliced in one thread, in `forward` and in `generate`, is no other's: images elsewhere, and none."""
+    model = vis_sparse.patch(build("llama", tower, torch.float64), random_plan(5, layers=LAYERS))
+    asked = ([ONE], [[5, IMAGE, 6, IMAGE, 7]], [[5, 6, 7, 8, 9]], [[IMAGE, 4, 3, 2, 1, 5, 6]])
+    images = [pictures(*["a"] * max(1, sum(token == IMAGE for token in sample))).double() for (sample,) in asked]
+    calls = [(torch.tensor(sample), image) for sample, image in zip(asked, images)]
+
+    def run(ids, image):
+        tokens = model.generate(ids, images=image, do_sample=False, max_new_tokens=3)
+        return model(ids, images=image).logits, tokens
+
+    expected, wrong = [run(*call) for call in calls], []
+
+    def serve(first: int):
+        with torch.no_grad():
+            for number in range(first, first + 12):
+                index = number % len(calls)
+                logits, tokens = run(*calls[index])
+                if not torch.allclose(logits, expected[index][0]) or not torch.equal(tokens, expected[index][1]):
+                    wrong.append(number)
+
+    threads = [threading.Thread(target=serve, args=(first,)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def front(points: list[dict]) -> list[dict]:
+def pareto_front(points: list[dict]) -> list[dict]:
     """The points that no other beats: by FLOPs upwards, each better than all that are cheaper."""
     sign = -1 if points[0]["higher_is_better"] is False else 1
     best, kept = float("-inf"), []

@@ -8,7 +8,7 @@ from pathlib import Path
 from .charts import heat_map, scatter, strip
 from .html import CSS, bar, document, table_row
 from .numbers import mebibytes, percent, seconds, span, three_digits
-from .pareto import front
+from .pareto import pareto_front
 from .tables import measured_on
 
 MORE_CSS = Path(__file__).with_name("report.css")
@@ -73,7 +73,7 @@ def _chart(title: str, rows: list[dict]) -> str:
     counted = [row for row in rows if row["gflops"] is not None]
     if not counted:
         return ""
-    best = [row["plan"] for row in front(counted)]
+    best = [row["plan"] for row in pareto_front(counted)]
     points = [
         (row["plan"], 100 * row["gflops"] / row["gflops_dense"], row["value"], row["stderr"] or 0) for row in counted
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from ..pareto import front
+from ..pareto import pareto_front
 from ..tables import tight_table
 
 INK, QUIET, ACCENT = "#1d2126", "#666d75", "#0a7c72"
@@ -116,7 +116,7 @@ def pareto(rows: list[dict], file: Path) -> None:
 
 
 def _draw_panel(axes, points: list[dict]) -> None:
-    best = front(points)
+    best = pareto_front(points)
     axes.plot([p["gflops"] for p in best], [p["value"] for p in best], color=ACCENT, linewidth=1, zorder=1)
     for point in points:
         on_front = point in best
