@@ -16,14 +16,14 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 OLDEST, NEWEST = "5.10", "5.23"
 _NOTE = "vis_sparse_grids"
 
-_RELEASE = Version(transformers.__version__).release[:2]
-if _RELEASE < Version(OLDEST).release:
+_release, _oldest, _newest = (Version(text).release[:2] for text in (transformers.__version__, OLDEST, NEWEST))
+if _release < _oldest:
     raise ImportError(f"transformers: got {transformers.__version__}, expected {OLDEST} to {NEWEST}")
-if _RELEASE > Version(NEWEST).release:
+if _release > _newest:
     # not refused: `make test-next` is how the next one is found out about
     warnings.warn(
-        f"vis_sparse: got transformers {transformers.__version__}, expected {OLDEST} to {NEWEST}; 5.24 gives text models "
-        "another argument for their cache, and calls of patched models fail there",
+        f"vis_sparse: got transformers {transformers.__version__}, expected {OLDEST} to {NEWEST}; 5.24 calls the "
+        "argument for a text model's cache by another name, and calls of patched models fail there",
         stacklevel=2,
     )
 
