@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import vis_sparse
+from vis_sparse.executor import weights
 from vis_sparse.patches import unpatched
 from vis_sparse.plans.plan import VisualPlan
 
@@ -41,8 +42,9 @@ def test_checkpointing_is_off_in_evaluation():
     assert cache.get_seq_length() == batch.length
 
 
-def test_gradients_of_inputs_through_frozen_weights():
-    """As prompt tuning asks for them, in fp32 on a CPU."""
+def test_gradients_of_inputs_through_frozen_weights(monkeypatch):
+    """As prompt tuning asks for them, in fp32 on a CPU, by the routines of large products."""
+    monkeypatch.setattr(weights, "_ONE_DNN_FROM", 1)
     model = vis_sparse.patch(make_model(dtype=torch.float32), VisualPlan.dense(LAYERS)).requires_grad_(False)
     batch = make_batch(model, [(5, IMAGE, 4)])
 
