@@ -44,9 +44,7 @@ for plan in ("dense", "auto", "yopo-25"):
     # the file says which heads yopo-25 keeps; dense and auto need none
     vis_sparse.patch(model, plan, calibration=folder / "heads.safetensors")
     _, answers = generate()
-    with torch.no_grad():
-        model(**inputs)  # `inspect` counts a call that is a whole prompt
-    counted = vis_sparse.inspect(model)
+    counted = vis_sparse.inspect(model)  # of the last prompt
     print(f"{plan} ({counted['flops'] / counted['flops_dense']:.0%} of the FLOPs):", ", ".join(answers))
 
 vis_sparse.unpatch(model)
