@@ -50,7 +50,7 @@ setup(
         "rich>=13.0",
         "safetensors>=0.4.5",
         "torch>=2.9",
-        "transformers>=5.10,<5.24",  # 5.24 calls past_key_values cache
+        "transformers>=5.10,<5.25",
         "typer>=0.12",
     ],
     extras_require={

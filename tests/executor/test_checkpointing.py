@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 import vis_sparse
+from vis_sparse.executor.transformers_internals import CACHE
 
 from ..models import IMAGE, LAYERS, make_batch, make_model, random_plan
 
@@ -36,5 +37,5 @@ def test_no_cache_under_checkpointing():
     inputs = make_batch(model, [(5, IMAGE, 4)]).by_ids()
     with pytest.warns(UserWarning, match="use_cache"):
         assert model(**inputs, use_cache=True).past_key_values is None
-    with pytest.raises(vis_sparse.PatchError, match="past_key_values: got a cache"):
+    with pytest.raises(vis_sparse.PatchError, match=f"{CACHE}: got a cache"):
         model(**inputs, past_key_values=DynamicCache())

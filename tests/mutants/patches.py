@@ -146,8 +146,8 @@ MUTANTS = mutants((
     ),
     (
         "a cache is handed out though none was wanted", STATE,
-        "past_key_values=past_key_values if use_cache else None,",
-        "past_key_values=past_key_values,",
+        "if use_cache and past_key_values is None:",
+        "if past_key_values is None:",
         "patches/test_state.py::test_no_cache_where_none_is_wanted",
     ),
     # Scopes

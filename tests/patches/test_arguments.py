@@ -49,7 +49,7 @@ REFUSED = {
     "unknown": (dict(block_size=4), "block_size: got 4 on a patched model.*output_hidden_states"),
     "unknown tensor": (dict(bias=torch.ones(3, 27)), r"bias: got a tensor of shape \(3, 27\)"),
     "attentions": (dict(output_attentions=True), "output_attentions: got True"),
-    "no sense": (dict(output_hidden_states="last"), "output_hidden_states: got 'last'"),
+    "some hidden states": (dict(output_hidden_states=[0]), r"output_hidden_states: got \[0\]"),
 }
 
 

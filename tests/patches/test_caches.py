@@ -6,6 +6,7 @@ from transformers.cache_utils import DynamicLayer
 
 import vis_sparse
 from vis_sparse import PatchError
+from vis_sparse.executor.transformers_internals import CACHE
 
 from ..models import IMAGE, LAYERS, make_batch, make_model, random_plan
 
@@ -23,7 +24,7 @@ def batch(model):
 def test_offloaded_caches(model, batch):
     cache = DynamicCache()
     cache.offloading = True  # as DynamicCache(offloading=True) sets it, which asks for a device
-    with pytest.raises(PatchError, match="past_key_values: got DynamicCache.*offloaded cache cannot hold the lanes"):
+    with pytest.raises(PatchError, match=f"{CACHE}: got DynamicCache.*offloaded cache cannot hold the lanes"):
         model(**batch.by_ids(), past_key_values=cache)
 
 
@@ -34,5 +35,5 @@ class Compressed(DynamicLayer):
 def test_caches_with_other_layers(model, batch):
     cache = DynamicCache()
     cache.layers = [Compressed() for _ in range(LAYERS)]
-    with pytest.raises(PatchError, match="past_key_values: got DynamicCache of Compressed, expected a DynamicCache"):
+    with pytest.raises(PatchError, match=f"{CACHE}: got DynamicCache of Compressed, expected a DynamicCache"):
         model(**batch.by_ids(), past_key_values=cache)

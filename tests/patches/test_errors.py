@@ -8,6 +8,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 import vis_sparse
 from vis_sparse import HeadBudget, LayerPlan, LayoutError, PatchError, PlanError, VisualLayout, VisualPlan
+from vis_sparse.executor.transformers_internals import CACHE
 
 from ..models import HEADS, IMAGE, IMAGE_TOKEN, LAYERS, NEURONS, VOCAB, make_batch, make_model, random_plan
 
@@ -255,7 +256,7 @@ def test_cache_of_another_plan(semantics):
     with vis_sparse.patched(model, other):
         refuses(
             PatchError,
-            ["past_key_values", "plan"],
+            [f"{CACHE}: got a cache filled", "plan"],
             lambda: model(input_ids=token, past_key_values=cache, use_cache=True),
         )
     assert model(input_ids=token, past_key_values=cache).logits.isfinite().all(), "its own plan goes on"

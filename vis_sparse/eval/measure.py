@@ -17,6 +17,7 @@ import vis_sparse
 
 from ..cost.flops import CostReport
 from ..cost.shape_lookup import shape_of
+from ..executor.transformers_internals import CACHE
 from ..layout.layout import VisualLayout
 from ..plans.plan import VisualPlan
 from .memory import PeakBytes, cache_bytes
@@ -105,10 +106,10 @@ class Measurement:
             self._seconds(decode)
 
     def _forward(self, embeddings: Tensor, cache=None):
-        return self._decoder(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
+        return self._decoder(inputs_embeds=embeddings, use_cache=True, **{CACHE: cache})
 
     def _prefill(self):
-        return self._forward_image(self.embeddings, self.layout).past_key_values
+        return self._forward_image(self.embeddings, self.layout)[CACHE]
 
     def _touch(self) -> None:
         """A prompt of three tokens, one of them visual: whatever patching left to the first call is done after it."""

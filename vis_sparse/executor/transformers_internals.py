@@ -1,19 +1,22 @@
 """What `vis_sparse` uses of transformers beyond its documented face, in one place: what a new release may change.
 
-Written against transformers 5.10 to 5.23.
+Written against transformers 5.10 to 5.24.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from dataclasses import fields
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-OLDEST, NEWEST = "5.10", "5.23"
+OLDEST, NEWEST = "5.10", "5.24"
 _NOTE = "vis_sparse_grids"
 
 _release, _oldest, _newest = (Version(text).release[:2] for text in (transformers.__version__, OLDEST, NEWEST))
@@ -22,10 +25,47 @@ if _release < _oldest:
 if _release > _newest:
     # not refused: `make test-next` is how the next one is found out about
     warnings.warn(
-        f"vis_sparse: got transformers {transformers.__version__}, expected {OLDEST} to {NEWEST}; 5.24 calls the "
-        "argument for a text model's cache by another name, and calls of patched models fail there",
+        f"vis_sparse: got transformers {transformers.__version__}, which it has not been tried with, expected "
+        f"{OLDEST} to {NEWEST}",
         stacklevel=2,
     )
+
+# What the cache is called among the arguments and outputs of models: `cache` since 5.24, where the old name is taken
+# with a warning.
+_OLD_NAME = "past_key_values"
+CACHE = "cache" if any(field.name == "cache" for field in fields(BaseModelOutputWithPast)) else _OLD_NAME
+
+
+def cache_among(arguments: Mapping):
+    """The cache among a model's arguments, by either name that this transformers takes; None if there is none."""
+    cache = arguments.get(CACHE)
+    return arguments.get(_OLD_NAME) if cache is None else cache
+
+
+if CACHE == _OLD_NAME:
+
+    def named_as_before(arguments: dict) -> dict:
+        """Keyword arguments of a text model, its cache as `past_key_values`."""
+        return arguments
+
+else:
+    from transformers.utils.deprecation import deprecate_kwarg
+
+    @torch.compiler.disable
+    def named_as_before(arguments: dict) -> dict:
+        """Keyword arguments of a text model, its cache as `past_key_values`; the old name is warned of as transformers
+        does."""
+        return _renamed(**arguments)
+
+    @deprecate_kwarg(_OLD_NAME, "5.40.0", new_name=CACHE)
+    def _renamed(cache=None, **others) -> dict:
+        return {**others, _OLD_NAME: cache}
+
+
+def output_of(last_hidden_state, cache, hidden_states) -> BaseModelOutputWithPast:
+    """What a text model gives."""
+    given = {"last_hidden_state": last_hidden_state, CACHE: cache, "hidden_states": hidden_states}
+    return BaseModelOutputWithPast(**given)
 
 
 class LaneLayerBase(CacheLayerMixin):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..executor.transformers_internals import describe_cache, holds_plain_or_lanes
+from ..executor.transformers_internals import CACHE, describe_cache, holds_plain_or_lanes
 from .errors import PatchError
 
 # Keyword arguments of a text model that the lanes obey, or that say nothing about its computation: what transformers'
@@ -41,7 +41,7 @@ def check_arguments(config, attention_mask, position_ids, cache, length: int, pa
         )
     if not holds_plain_or_lanes(cache):
         raise PatchError(
-            f"past_key_values: got {describe_cache(cache)}, expected a DynamicCache (a static, quantised or offloaded "
+            f"{CACHE}: got {describe_cache(cache)}, expected a DynamicCache (a static, quantised or offloaded "
             "cache cannot hold the lanes)"
         )
     if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.dim() != 2):

@@ -13,14 +13,22 @@ from contextvars import ContextVar
 import numpy as np
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..executor.cache import LaneCacheLayer
 from ..executor.call import Call
 from ..executor.kept_calls import KeptCalls
 from ..executor.lanes import Decoder, LaneExecutor
 from ..executor.tokens import ranking_rows
-from ..executor.transformers_internals import cache_layers, holds_lanes, new_cache, set_cache_layers
+from ..executor.transformers_internals import (
+    CACHE,
+    cache_among,
+    cache_layers,
+    holds_lanes,
+    named_as_before,
+    new_cache,
+    output_of,
+    set_cache_layers,
+)
 from ..kernels import Backend
 from ..layout.layout import LayoutError, VisualLayout
 from ..layout.packing import Packing, pack, text_coordinates
@@ -110,7 +118,7 @@ class PatchState:
         if name is None or asked is not None and self.plans[asked] != plan:
             expected = f"plan {asked!r}" if asked else " or ".join(f"plan {own!r}" for own in self.plans)
             raise PatchError(
-                f"past_key_values: got a cache filled under plan {plan.name!r} with other heads or layers, expected "
+                f"{CACHE}: got a cache filled under plan {plan.name!r} with other heads or layers, expected "
                 f"one filled under {expected}"
             )
         return name if asked is None else asked
@@ -166,7 +174,7 @@ class PatchState:
         given = held(self.text_model, "layout")
         if past and not in_lanes and given is not None and given.before(past).segments:
             raise LayoutError(
-                f"past_key_values: got a plain cache of {past} columns with visual segments of the layout in them, "
+                f"{CACHE}: got a plain cache of {past} columns with visual segments of the layout in them, "
                 "expected a cache that this patched model filled"
             )
         if not (layout.segments or in_lanes):
@@ -179,7 +187,7 @@ class PatchState:
         name = self.plan_of(cache)
         executor = self.executors[name]
         if cache is not None and executor.checkpoints:
-            raise PatchError("past_key_values: got a cache under gradient checkpointing, expected none")
+            raise PatchError(f"{CACHE}: got a cache under gradient checkpointing, expected none")
         if layout.segments:
             executor.kept_cuts.refresh()
         mask = host_mask(attention_mask, past + length)
@@ -203,9 +211,9 @@ class PatchState:
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
+                **{CACHE: past_key_values},
                 **kwargs,
             )
         name, layout, past, mask = checked
@@ -238,11 +246,8 @@ class PatchState:
         self.last = name, call.packing
         if layout.segments and not past:
             self.last_prompt = self.last
-        output = BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=None if collected is None else (*collected, hidden),
-        )
+        collected = None if collected is None else (*collected, hidden)
+        output = output_of(hidden, past_key_values, collected)
         return output.to_tuple() if kwargs.get("return_dict") is False else output
 
     def _check_structure(self) -> None:
@@ -328,7 +333,7 @@ def _added(deepstack, layout: VisualLayout, embeds: torch.Tensor) -> list[torch.
 
 @torch.compiler.disable(recursive=False, reason=_AROUND_LANES)
 def _text_forward(state: PatchState, plain, *args, **kwargs):
-    return state.forward(*args, **kwargs)
+    return state.forward(*args, **named_as_before(kwargs))
 
 
 @torch.compiler.disable(recursive=False, reason=_AROUND_LANES)
@@ -346,7 +351,7 @@ def _outer_forward(state: PatchState, plain, *args, **kwargs):
 @torch.compiler.disable
 def _read_layout(state: PatchState, args, kwargs) -> VisualLayout | None:
     arguments = bound(type(state.outer).forward, state.outer, args, kwargs)
-    past = arguments.get("past_key_values")
+    past = cache_among(arguments)
     return state.family.read_layout(state.outer, arguments, 0 if past is None else past.get_seq_length())
 
 
@@ -356,7 +361,7 @@ def _labelled_forward(state: PatchState, plain, *args, **kwargs):
     labels = kwargs.get("labels")
     if labels is None or not any(executor.ranks_by_text for executor in state.executors.values()):
         return plain(*args, **kwargs)
-    past = kwargs.get("past_key_values")
+    past = cache_among(kwargs)
     with hold(state.text_model, "prompt_ends", prompt_ends(labels) + (0 if past is None else past.get_seq_length())):
         return plain(*args, **kwargs)
 

@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 
 from ..executor.call import Call
 from ..executor.lanes import Decoder, LaneExecutor
-from ..executor.transformers_internals import new_cache
+from ..executor.transformers_internals import CACHE, new_cache
 from ..executor.weights import is_plain
 from ..kernels import Backend
 from ..layout.layout import VisualLayout
@@ -172,7 +172,7 @@ def _steps(rows: torch.Tensor, positions: torch.Tensor) -> Iterator[dict]:
 def _unpatched(text_model: nn.Module, rows, positions) -> torch.Tensor:
     cache, hidden = new_cache(text_model.config), []
     for step in _steps(rows, positions):
-        hidden.append(text_model(**step, past_key_values=cache).last_hidden_state)
+        hidden.append(text_model(**step, **{CACHE: cache}).last_hidden_state)
     return torch.cat(hidden, 1)
 
 

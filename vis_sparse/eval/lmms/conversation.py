@@ -9,6 +9,7 @@ import torch
 from lmms_eval.api.instance import Instance
 from transformers import DynamicCache
 
+from ...executor.transformers_internals import CACHE
 from ...patches import read_layout
 from .columns import SampleCost
 from .cost_meter import CostMeter, per_sample
@@ -54,7 +55,7 @@ def converse(meter: CostMeter, processor, ask: Ask, request: Instance) -> tuple[
             )["input_ids"]
             tokens = torch.cat([tokens, said.to(tokens.device)], dim=1)
             inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        tokens, taken = meter.run(**inputs, past_key_values=cache, **settings)
+        tokens, taken = meter.run(**inputs, **{CACHE: cache}, **settings)
         seconds += taken
         if tokens[0, -1] == end:
             tokens = tokens[:, :-1]
