@@ -232,15 +232,21 @@ MUTANTS = mutants((
     ),
     (
         "only the prompt is verified", VERIFY,
-        "for columns in (slice(0, _LENGTH), slice(_LENGTH, _LENGTH + 1)):",
-        "for columns in (slice(0, _LENGTH),):",
+        "zip(layers, (slice(0, _LENGTH), slice(_LENGTH, _LENGTH + 1))):",
+        "zip(layers, (slice(0, _LENGTH),)):",
         "patches/test_verify.py::test_a_decode_step_that_differs_is_seen",
     ),
     (
         "the last layer is not verified", VERIFY,
-        "*first.values(), last})",
-        "*first.values()})",
+        "*first, last})",
+        "*first})",
         "patches/test_verify.py::test_a_last_layer_that_differs_is_seen",
+    ),
+    (
+        "one kind of layer is verified in a decode step", VERIFY,
+        "last}), first\n",
+        "last}), first[:1]\n",
+        "patches/test_verify.py::test_a_decode_step_that_differs_in_one_kind_of_layer_is_seen",
     ),
     (
         "verified at the first positions", VERIFY,

@@ -30,6 +30,14 @@ def test_a_decode_step_that_differs_is_seen():
     assert vis_sparse.inspect(vis_sparse.patch(model, "dense", verify=False)) is not None
 
 
+def test_a_decode_step_that_differs_in_one_kind_of_layer_is_seen():
+    model = changed(make_model(num_hidden_layers=9), lambda module, hidden: module.is_odd and hidden.shape[1] == 1)
+    for index, layer in enumerate(model.model.language_model.layers):
+        layer.self_attn.is_odd = index == 6
+    with pytest.raises(vis_sparse.PatchError, match="differs from its lanes.*or in the decode step"):
+        vis_sparse.patch(model, "dense")
+
+
 def test_a_last_layer_that_differs_is_seen():
     model = changed(make_model(num_hidden_layers=9), lambda module, hidden: module.layer_idx == 8)
     with pytest.raises(vis_sparse.PatchError, match="first in layer 8"):

@@ -1,8 +1,9 @@
 """Whether a decoder does what its modules' names say: a few rows through the text model, as it is and in lanes.
 
 Names of children tell nothing of multipliers, of rotary pairs that interleave, of layers without rotary embedding. So
-`patch` runs a small image between text, and a decode step after it, through one layer of every kind that the model has,
-both ways, and refuses a model where they differ.
+`patch` runs a small image between text through a few layers, those of every kind that the model has among them, and a
+decode step after it through one of each kind, both ways, and refuses a model where they differ. That takes less than a
+decode step of the whole model (`python -m tests.check_cost`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -50,30 +51,35 @@ def check_behaviour(text_model: nn.Module, decoder: Decoder, backend: Backend) -
     kinds = [_kind(layer) for layer in text_model.layers]
     asked = [*kinds, *text_model.layers, *(_kind(part) for part in (text_model.norm, text_model.rotary_emb))]
     embedding = getattr(text_model, "embed_tokens", None)
-    if embedding is None or _is_empty(text_model) or _known.get(text_model) == asked:
+    if embedding is None or _known.get(text_model) == asked:
         return
-    chosen = _one_of_each(kinds)
-    few = dataclasses.replace(decoder, layers=tuple(decoder.layers[index] for index in chosen))
-    plain = all(is_plain(layer.module(part)) for layer in few.layers for part in ("query", "output", "up", "down"))
+    chosen, of_each_kind = _chosen(kinds)
+    layers = [text_model.layers[index] for index in chosen]
+    if _are_empty((embedding, *layers, text_model.norm)):
+        return
+    parts = ("query", "output", "up", "down")
+    plain = all(is_plain(decoder.layers[index].module(part)) for index in chosen for part in parts)
     # under inference, quantised layers may pack their weights into a form that trains no longer
-    with _only(text_model, chosen), torch.inference_mode(False), torch.set_grad_enabled(not plain):
+    with _quiet(text_model, layers), torch.inference_mode(False), torch.set_grad_enabled(not plain):
         rows, positions = _rows(text_model, embedding)
         rows = rows.detach().requires_grad_(not plain)
+        steps = _steps(rows, positions, chosen, of_each_kind)
         try:
             runner = "forward fails (vis_sparse.patch runs it on a few rows)"
-            expected = _unpatched(text_model, rows, positions)
+            expected = _unpatched(text_model, steps)
             runner = "lanes fail"
-            given, _ = _in_lanes(text_model, few, backend, rows, positions)
+            given, _ = _in_lanes(text_model, decoder, backend, steps)
         except Exception as error:
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise PatchError(f"model: got a {type(text_model).__name__} whose {runner}: {why}") from error
         off, limit = _difference(given, expected), _TOLERANCES.get(rows.dtype, 0.1)
         if not plain:
             # layers that round what goes in make much of little
-            moved = _unpatched(text_model, rows * (1 + _MOVED * torch.finfo(rows.dtype).eps), positions)
+            moved = rows * (1 + _MOVED * torch.finfo(rows.dtype).eps)
+            moved = _unpatched(text_model, _steps(moved, positions, chosen, of_each_kind))
             limit = max(limit, _MARGIN * _difference(moved, expected))
         if not off <= limit:
-            where = _first_difference(text_model, few, backend, rows, positions, chosen, limit)
+            where = _first_difference(text_model, decoder, backend, steps[:1], limit)
             raise PatchError(
                 f"model: got a {type(text_model).__name__} that differs from its lanes by {off:.3g} of the size of its "
                 f"hidden states, {where}, expected at most {limit:.3g}: its decoder computes something that its "
@@ -88,22 +94,24 @@ def _difference(given: torch.Tensor, expected: torch.Tensor) -> float:
     return float((given - expected).abs().max() / expected.square().mean().sqrt().clamp_min(1e-12))
 
 
-def _is_empty(text_model: nn.Module) -> bool:
+def _are_empty(parts: Sequence[nn.Module]) -> bool:
     return any(
-        parameter.is_meta and not hasattr(module, "_hf_hook")
-        for module in text_model.modules()
-        for parameter in module.parameters(recurse=False)
+        parameter is not None and parameter.is_meta and not hasattr(module, "_hf_hook")
+        for part in parts
+        for module in part.modules()
+        for parameter in module._parameters.values()
     )
 
 
-def _one_of_each(kinds: list[tuple]) -> list[int]:
-    """Indices of the layers to run: the first of every kind, the first few and the last of all.
+def _chosen(kinds: list[tuple]) -> tuple[list[int], list[int]]:
+    """Indices of the layers that a prompt runs through: the first of every kind, the first few and the last of all; and
+    of those for a decode step, the first of every kind.
 
     What a layer does may hang on its number alone; such patterns repeat every few layers.
     """
-    first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
+    first = sorted({kind: index for index, kind in reversed(list(enumerate(kinds)))}.values())
     last = len(kinds) - 1
-    return sorted({*range(min(_FIRST, last)), *first.values(), last})
+    return sorted({*range(min(_FIRST, last)), *first, last}), first
 
 
 def _kind(part: nn.Module) -> tuple:
@@ -119,22 +127,33 @@ def _settings(module: nn.Module) -> tuple:
 
 
 @contextmanager
-def _only(text_model: nn.Module, chosen: list[int]) -> Iterator[None]:
-    """The text model with some of its layers, without dropout and checkpointing, for the length of the block."""
-    layers, rotary = text_model.layers, text_model.rotary_emb
+def _quiet(text_model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
+    """The text model and some of its layers without dropout and checkpointing, for the length of the block."""
+    rotary = text_model.rotary_emb
+    others = (module for name, module in text_model.named_children() if name != "layers")
     called = (text_model, *layers, *(getattr(layer, part) for layer in layers for part in ("self_attn", "mlp")))
-    drops = (module for module in text_model.modules() if "Dropout" in type(module).__name__)
+    drops = (module for part in (*others, *layers) for module in part.modules() if "Dropout" in type(module).__name__)
     training = [module for module in (*called, *drops) if module.training]
-    text_model.layers = nn.ModuleList(layers[index] for index in chosen)
     text_model.rotary_emb = copy.deepcopy(rotary)  # some keep what they were called with last
     for module in training:
         module.training = False
     try:
         yield
     finally:
-        text_model.layers, text_model.rotary_emb = layers, rotary
+        text_model.rotary_emb = rotary
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _only(text_model: nn.Module, chosen: list[int]) -> Iterator[None]:
+    """The text model with some of its layers, for the length of the block."""
+    layers = text_model.layers
+    text_model.layers = nn.ModuleList(layers[index] for index in chosen)
+    try:
+        yield
+    finally:
+        text_model.layers = layers
 
 
 def _rows(text_model: nn.Module, embedding: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,10 +175,11 @@ def _rows(text_model: nn.Module, embedding: nn.Module) -> tuple[torch.Tensor, to
     return rows, start + planes[:, None]
 
 
-def _steps(rows: torch.Tensor, positions: torch.Tensor) -> Iterator[dict]:
-    """Arguments of the two calls: a prompt, and a decode step."""
-    for columns in (slice(0, _LENGTH), slice(_LENGTH, _LENGTH + 1)):
-        yield {
+def _steps(rows: torch.Tensor, positions: torch.Tensor, *layers: list[int]) -> list[tuple[list[int], dict]]:
+    """Layers and arguments of the two calls: a prompt, and a decode step."""
+    steps = []
+    for indices, columns in zip(layers, (slice(0, _LENGTH), slice(_LENGTH, _LENGTH + 1))):
+        arguments = {
             "inputs_embeds": rows[:, columns],
             "position_ids": positions[..., columns],
             "use_cache": True,
@@ -167,47 +187,57 @@ def _steps(rows: torch.Tensor, positions: torch.Tensor) -> Iterator[dict]:
             "output_hidden_states": False,
             "output_attentions": False,
         }
+        steps.append((indices, arguments))
+    return steps
 
 
-def _unpatched(text_model: nn.Module, rows, positions) -> torch.Tensor:
+def _unpatched(text_model: nn.Module, steps) -> torch.Tensor:
     cache, hidden = new_cache(text_model.config), []
-    for step in _steps(rows, positions):
-        hidden.append(text_model(**step, **{CACHE: cache}).last_hidden_state)
+    for indices, arguments in steps:
+        with _only(text_model, indices):
+            hidden.append(text_model(**arguments, **{CACHE: cache}).last_hidden_state)
     return torch.cat(hidden, 1)
 
 
-def _in_lanes(text_model: nn.Module, decoder: Decoder, backend: Backend, rows, positions):
-    """Final hidden states of both calls in lanes, and the inputs of each layer in the first."""
-    executor = LaneExecutor(decoder, VisualPlan.dense(len(decoder.layers)), backend)
+def _in_lanes(text_model: nn.Module, decoder: Decoder, backend: Backend, steps):
+    """Final hidden states of the calls in lanes, and the inputs of each layer in the first."""
     layout = VisualLayout.from_grids([[(_TEXT, (1, _SIDE, _SIDE))]])
-    layers, hidden, past, collected = executor.new_cache_layers(1), [], 0, []
-    for step in _steps(rows, positions):
-        embeds, ids = step["inputs_embeds"], step["position_ids"]
+    cached, hidden, past, collected = {}, [], 0, []
+    for indices, arguments in steps:
+        some = dataclasses.replace(decoder, layers=tuple(decoder.layers[index] for index in indices))
+        executor = LaneExecutor(some, VisualPlan.dense(len(indices)), backend)
+        cached = cached or dict(zip(indices, executor.new_cache_layers(1)))
+        layers = [cached[index] for index in indices]
+        embeds, ids = arguments["inputs_embeds"], arguments["position_ids"]
         length = embeds.shape[1]
         packing = pack(layout if not past else VisualLayout(1), length, past)
         layers[0].book.append(packing.slots(), length)
         call = Call.over(packing, layers[0].book, None, embeds.device)
         cos, sin = text_model.rotary_emb(embeds, position_ids=ids)
         out = executor.run(embeds, cos, sin, call, layers, collected if not past else None)
+        if not past:
+            collected.append(out)
         hidden.append(text_model.norm(out))
         past += length
-    return torch.cat(hidden, 1), [*collected, out]
+    return torch.cat(hidden, 1), collected
 
 
-def _first_difference(text_model, decoder, backend, rows, positions, chosen: list[int], limit: float) -> str:
-    """Where in the prompt's pass the two part, in words."""
+def _first_difference(text_model, decoder, backend, steps, limit: float) -> str:
+    """Where in the prompt's pass the two part, in words. steps: the prompt alone."""
     inputs: list[torch.Tensor] = []
+    chosen, arguments = steps[0]
 
     def note(module, args, kwargs):
         inputs.append(args[0] if args else kwargs["hidden_states"])
 
-    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in text_model.layers]
+    handles = [text_model.layers[index].register_forward_pre_hook(note, with_kwargs=True) for index in chosen]
     try:
-        text_model(**next(_steps(rows, positions)))
+        with _only(text_model, chosen):
+            text_model(**arguments)
     finally:
         for handle in handles:
             handle.remove()
-    _, own = _in_lanes(text_model, decoder, backend, rows, positions)
+    _, own = _in_lanes(text_model, decoder, backend, steps)
     for number, (theirs, ours) in enumerate(zip(inputs, own)):
         if not _difference(ours, theirs) <= limit:
             return "before its first layer" if number == 0 else f"first in layer {chosen[number - 1]}"
