@@ -78,6 +78,8 @@ def measuring(model: nn.Module, samples: list[dict[str, Any]]) -> None:
 
 
 def loading(folder: Path) -> nn.Module:
+    vis_sparse.patch(vis_sparse.from_pretrained(folder, dtype=torch.bfloat16), "org/plans", calibration="org/plans")
+    vis_sparse.save_plan(vis_sparse.from_pretrained("org/model", "yopo-25", backend="torch"), folder)
     try:
         return vis_sparse.patch(vis_sparse.load_internvl2(folder, dtype=torch.bfloat16, device_map={"": "cuda:0"}))
     except (vis_sparse.PlanError, vis_sparse.LayoutError, vis_sparse.PatchError, vis_sparse.SampleError) as error:

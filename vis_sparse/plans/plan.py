@@ -212,6 +212,11 @@ class VisualPlan:
         """The plan as YAML text; `from_yaml` of it gives an equal plan."""
         return yaml_format.write_fields(self.name, self.about, self.semantics, self.layers)
 
+    def as_recipe(self) -> PlanRecipe:
+        """The recipe that gives this plan, for a model of its depth alone."""
+        entries = tuple((str(index), layer) for index, layer in enumerate(self.layers))
+        return PlanRecipe(self.name, self.about, self.semantics, entries=entries, num_layers=self.num_layers)
+
 
 def _layer_set(layers: Iterable[int], num_layers: int) -> frozenset[int]:
     _check_depth(num_layers)
