@@ -33,6 +33,7 @@ _EXPORTS = {
     "PatchError": "patches.errors",
     "save_plan": "patches",
     "from_pretrained": "checkpoints.pretrained",
+    "finetune": "training.finetune",
     "load_internvl2": "checkpoints.internvl2",
     "released_plan": "patches.original_llava",
 }
@@ -69,6 +70,7 @@ if TYPE_CHECKING:  # what type checkers and editors see: the same names, with th
     from .plans.scores import Calibration as Calibration
     from .searching.search import search as search
     from .searching.search import search_front as search_front
+    from .training.finetune import finetune as finetune
 else:
     __all__ = sorted(_EXPORTS)
 

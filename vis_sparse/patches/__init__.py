@@ -203,6 +203,11 @@ def unpatched(model: nn.Module) -> Iterator[nn.Module]:
             state.install()
 
 
+def is_patched(model: nn.Module) -> bool:
+    """Whether calls of the model run under a plan of `patch`."""
+    return _state(model) is not None
+
+
 def read_layout(model: nn.Module, inputs: Mapping) -> VisualLayout | None:
     """Where the visual tokens lie in `inputs`, a whole batch of prompts as the model's processor makes it; None if the
     inputs do not tell. The model need not be patched."""
@@ -250,7 +255,7 @@ def use_prompt(model: nn.Module, length: int | Sequence[int]) -> Iterator[None]:
 
 
 def _patched_text_model(model: nn.Module, asked_by: str) -> nn.Module:
-    if _state(model) is None:
+    if not is_patched(model):
         raise PatchError(f"{asked_by}: got a model that is not patched, expected vis_sparse.patch(model) before")
     return _text_model(model)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,7 +27,9 @@ def load_plan(source: str | Path) -> PlanRecipe:
     """The plan called `source` in `configs/`, the YAML file at that path, or the plan of a folder or of a repository
     of the Hub (OWNER/NAME, OWNER/NAME@REVISION, OWNER/NAME:FILE): its plan.yaml, or what its checkpoint carries.
 
-    A recipe fits any depth: `patch` and `flops` take it as it is, `.resolve(num_layers)` gives the `VisualPlan`.
+    "NAME+2", of any of these: with the first 2 layers whole, for visual tokens are changed most there
+    (`PlanRecipe.whole_first`). A recipe fits any depth: `patch` and `flops` take it as it is, `.resolve(num_layers)`
+    gives the `VisualPlan`.
     """
     if not isinstance(source, str | Path):
         raise PlanError(f"plan: got {brief(source)}, expected a file or one of {', '.join(plan_names())}")
@@ -34,6 +37,9 @@ def load_plan(source: str | Path) -> PlanRecipe:
         return read_recipe(CONFIGS / f"{source}.yaml")
     if is_file(source):
         return _of_file(Path(source))
+    whole = re.fullmatch(r"(.+)\+([1-9][0-9]{,4})", str(source))
+    if whole is not None:
+        return load_plan(whole[1]).whole_first(int(whole[2]))
     if is_hub_id(source):
         return _of_file(hub_file(source, (PLAN_FILE, ADAPTER_FILE, "config.json"), "plan"))
     if _is_folder(source):
