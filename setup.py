@@ -45,6 +45,7 @@ setup(
     },
     install_requires=[
         "einops>=0.8",
+        "huggingface_hub>=1.0",
         "numpy>=1.26",
         "PyYAML>=6.0",
         "rich>=13.0",

@@ -156,7 +156,8 @@ def test_plan_files(tmp_path):
     for source in ("", " ", "yopo-13", "/", ".", "a\0b", "x" * 5000, "../plan", 3, None, [], b"dense", True, 1.5):
         assert refused(source, lambda source=source: load_plan(source)), source
         assert refused(source, lambda source=source: VisualPlan.from_yaml(source, LAYERS)), source
-        assert refused(source, lambda source=source: vis_sparse.patch(make_model(), source)), source
+        if source is not None:  # the checkpoint's own, or auto
+            assert refused(source, lambda source=source: vis_sparse.patch(make_model(), source)), source
     refused.check(150)
 
 
@@ -788,7 +789,6 @@ def test_python_calls_of_patch():
         before = model(**batch.by_ids()).logits
     attributes = set(vars(model.model.language_model))
     for plan in (
-        None,
         3,
         [],
         {},
@@ -809,4 +809,4 @@ def test_python_calls_of_patch():
         assert torch.equal(model(**batch.by_ids()).logits, before)
     for other in (None, 3, torch.nn.Linear(2, 2), "model", make_model().model.language_model):
         assert refused(other, lambda other=other: vis_sparse.patch(other))
-    refused.check(20)
+    refused.check(19)

@@ -28,7 +28,7 @@ import vis_sparse
 from vis_sparse.cli.main import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md", *ROOT.glob("docs/**/*.md")]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("examples/*.md"), *ROOT.glob("docs/**/*.md")]
 # what a command that runs in a test gets behind its own arguments, so that it is over in seconds
 QUICK = {
     "vis-sparse": None,  # `vis-sparse --help`, `--version`
@@ -39,15 +39,17 @@ QUICK = {
     "vis-sparse demo": "--questions 4",
     "vis-sparse doctor": None,
     "vis-sparse eval": "--limit 2 --timed 0",
+    "vis-sparse finetune": "--steps 2 --batch 1",
     "vis-sparse flops": None,
     "vis-sparse plan": None,
     "vis-sparse report": None,
     "vis-sparse search": "--samples 4 --time-limit 1s",
     "lmms-eval": "--limit 2",
     "mkdir": None,
+    "python -m vis_sparse.eval.conversations": "--train 4 --held-out 2",
     "printf": None,
 }
-SLOW = {"bench", "calibrate", "demo", "eval", "lmms-eval", "search"}
+SLOW = {"bench", "calibrate", "demo", "eval", "finetune", "lmms-eval", "search"}
 SHOWN = {"vis_sparse", "examples", "tests", "docs"}  # folders of a checkout that commands may name
 
 

@@ -31,6 +31,9 @@ _EXPORTS = {
     "use_plan": "patches",
     "use_prompt": "patches",
     "PatchError": "patches.errors",
+    "save_plan": "patches",
+    "from_pretrained": "checkpoints.pretrained",
+    "finetune": "training.finetune",
     "load_internvl2": "checkpoints.internvl2",
     "released_plan": "patches.original_llava",
 }
@@ -40,12 +43,14 @@ if TYPE_CHECKING:  # what type checkers and editors see: the same names, with th
     from .calibration.measure import calibrate as calibrate
     from .calibration.records import SampleError as SampleError
     from .checkpoints.internvl2 import load_internvl2 as load_internvl2
+    from .checkpoints.pretrained import from_pretrained as from_pretrained
     from .cost.flops import flops as flops
     from .layout.layout import LayoutError as LayoutError
     from .layout.layout import VisualLayout as VisualLayout
     from .patches import inspect as inspect
     from .patches import patch as patch
     from .patches import patched as patched
+    from .patches import save_plan as save_plan
     from .patches import unpatch as unpatch
     from .patches import use_layout as use_layout
     from .patches import use_plan as use_plan
@@ -65,6 +70,7 @@ if TYPE_CHECKING:  # what type checkers and editors see: the same names, with th
     from .plans.scores import Calibration as Calibration
     from .searching.search import search as search
     from .searching.search import search_front as search_front
+    from .training.finetune import finetune as finetune
 else:
     __all__ = sorted(_EXPORTS)
 

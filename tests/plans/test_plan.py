@@ -417,3 +417,29 @@ def test_a_file_that_states_its_depth_is_refused_for_another():
     text = VisualPlan.vtw(4, 2).to_yaml()
     with refuses("plan 'vtw': got 4 layers, expected the model's 6"):
         VisualPlan.from_yaml(text, 6)
+
+
+@pytest.mark.parametrize("name", plan_names())
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_first_layers_of_every_shipped_plan_can_be_whole(name, count):
+    plain, whole = (load_plan(each).resolve(32) for each in (name, f"{name}+{count}"))
+    assert whole == load_plan(name).whole_first(count).resolve(32) and whole.name == f"{name}+{count}"
+    assert whole.layers[count:] == plain.layers[count:]
+    for layer, before in zip(whole.layers[:count], plain.layers):
+        assert replace(layer, tokens=None).is_dense and layer.tokens == before.tokens
+
+
+def test_whole_layers_of_a_file_and_of_whole_layers(tmp_path):
+    (tmp_path / "mine+1.yaml").write_text("name: mine\ndefault: {ffn: 0.5}\n")
+    plain, whole, more = (load_plan(tmp_path / f"mine+1.yaml{each}").resolve(4) for each in ("", "+2", "+2+3"))
+    assert [layer.ffn for layer in plain.layers] == [0.5] * 4
+    assert [layer.ffn for layer in whole.layers] == [1, 1, 0.5, 0.5] and whole.name == "mine+2"
+    assert [layer.ffn for layer in more.layers] == [1, 1, 1, 0.5]
+
+
+@pytest.mark.parametrize("source", ["auto+0", "auto+", "auto+x", "+2", "nothing+2", "auto+-1"])
+def test_what_are_no_whole_layers_is_refused(source):
+    with pytest.raises(PlanError):
+        load_plan(source)
+    with pytest.raises(PlanError, match="range '0-4', expected layers 0 to 3"):
+        load_plan("auto+5").resolve(4)

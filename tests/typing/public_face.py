@@ -77,7 +77,15 @@ def measuring(model: nn.Module, samples: list[dict[str, Any]]) -> None:
     assert_type(vis_sparse.search_front(model, samples, cost="kv", time_limit=60), Iterator[Point])
 
 
+def training(model: nn.Module, processor: Any) -> None:
+    done = vis_sparse.finetune(model, processor, "data.json", "yopo-12", out="tuned", settings={"lora": 64, "steps": 9})
+    assert_type(done, dict[str, Any])
+    assert_type(vis_sparse.load_plan("yopo-12+2").whole_first(2), vis_sparse.PlanRecipe)
+
+
 def loading(folder: Path) -> nn.Module:
+    vis_sparse.patch(vis_sparse.from_pretrained(folder, dtype=torch.bfloat16), "org/plans", calibration="org/plans")
+    vis_sparse.save_plan(vis_sparse.from_pretrained("org/model", "yopo-25", backend="torch"), folder)
     try:
         return vis_sparse.patch(vis_sparse.load_internvl2(folder, dtype=torch.bfloat16, device_map={"": "cuda:0"}))
     except (vis_sparse.PlanError, vis_sparse.LayoutError, vis_sparse.PatchError, vis_sparse.SampleError) as error:

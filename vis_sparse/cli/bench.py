@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from ..eval.bench import DTYPES, bench, compare
+from ..eval.bench import DTYPES, bench, bench_train, compare
 from ..eval.progress import progress
-from ..eval.tables import draw_bench, draw_peers
+from ..eval.tables import draw_bench, draw_peers, draw_train
 from .checks import count, one_of, torch_device
 from .flops import pixels
 from .options import CalibrationOption, JsonOption, ModelOption, emit
@@ -30,19 +30,39 @@ def bench_command(
     with_peers: Annotated[
         bool, typer.Option("--peers", help="`generate` on Qwen2.5-VL beside what else can be installed, instead.")
     ] = False,
+    train: Annotated[
+        bool, typer.Option("--train", help="A training step (forward, backward, SGD) instead of a prefill.")
+    ] = False,
+    clock: Annotated[
+        str, typer.Option(help="With --train: wall, or process (seconds of all threads, where others work too).")
+    ] = "wall",
     calibration: CalibrationOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Time plans against the unpatched model, at full width with random weights; `kernels`: attention alone.
 
     The unpatched model, the dense plan and each plan run in turns (with --compile one after the other). Timed is the
-    decoder on input embeddings. The JSON is one object for one plan, a list of objects for several.
+    decoder on input embeddings; with --train a step of training, forward and backward apart. The JSON is one object
+    for one plan, a list of objects for several.
     """
     if context.invoked_subcommand is not None:
         return
     one_of(dtype, DTYPES, "--dtype")
     torch_device(device)
     names = list(dict.fromkeys(name.strip() for name in plan.split(",")))
+    one_of(clock, ("wall", "process"), "--clock")
+    if train:
+        for option, given in (("--decode", decode), ("--compile", compiled), ("--peers", with_peers),
+                              ("--calibration", calibration)):  # fmt: skip
+            if given:
+                raise typer.BadParameter("got --train beside it, expected one of them", param_hint=option)
+        with progress("training steps in turns") as on_turn:
+            results = bench_train(
+                model, names, layers=layers, batch=batch, text_tokens=text_tokens, image_size=pixels(image_size),
+                dtype=dtype, device=device, repeats=repeats, clock=clock, on_turn=on_turn,
+            )  # fmt: skip
+        emit(results if len(results) > 1 else results[0], json_file, lambda console: draw_train(console, results))
+        return
     if with_peers and calibration is not None:
         raise typer.BadParameter("got a file beside --peers, expected none", param_hint="--calibration")
     if with_peers:

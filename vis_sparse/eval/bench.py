@@ -88,3 +88,10 @@ def compare(model: str, plans: list[str], *, layers: int, **settings) -> list[di
 
     shape = dataclasses.replace(load_shape(model), layers=layers)
     return peers(shape, {name: as_plan(plan, layers) for plan, name in shown_names(plans).items()}, **settings)
+
+
+def bench_train(model: str, plans: list[str], **settings) -> list[dict]:
+    """A training step of plans beside the dense one: `bench_train.bench_train`."""
+    from .bench_train import bench_train
+
+    return bench_train(model, plans, **settings)

@@ -72,6 +72,34 @@ def _bench_table(title: str, results: list[dict], prefix: str) -> Table:
     return table
 
 
+def draw_train(console: Console, results: list[dict]) -> None:
+    """Training steps, from the objects of `bench_train`."""
+    first = results[0]
+    console.print(
+        f"{first['model']}, {first['layers']} layers, {first['dtype']}, batch {first['batch']}, "
+        f"{first['visual_tokens']} visual + {first['text_tokens']} text tokens a sample"
+    )
+    table = tight_table("step", "time", "range", "forward", "backward", "of dense", "FLOPs", "peak MiB", left=("step",))
+
+    def add(name, row, kind, ratios, peak):
+        times = (seconds(row[f"{part}_{kind}s"]) for part in ("forward", "backward"))
+        spread = span(row["spread"][f"step_{kind}s"])
+        size = mebibytes(peak).removesuffix(" MiB")
+        table.add_row(name, seconds(row[f"step_{kind}s"]), spread, *times, *ratios, size)
+
+    add("dense", first, "dense_", ("1.00", "1.00"), first["peak_bytes_dense"])
+    for row in results:
+        add(row["plan"], row, "", (f"{row['ratio']:.2f}", f"{row['flop_share']:.2f}"), row["peak_bytes"])
+    console.print(table)
+    console.print(
+        f"\n{first['clock']} time: median of {first['repeats']} rounds in turns, range: fastest to slowest. of dense: "
+        "paired. FLOPs: of the forward pass, text included. peak: tensors that a step makes, gradients included, "
+        f"weights not.\n{measured_on(first)}",
+        style="bright_black",
+        highlight=False,
+    )
+
+
 def draw_peers(console: Console, results: list[dict]) -> None:
     """Rows of `peers`: times and bytes, or why something did not run."""
     first = results[0]

@@ -17,6 +17,7 @@ from ..executor.lanes import Decoder
 from ..kernels import get_backend
 from ..layout.layout import VisualLayout
 from ..plans.budgets import resolve_heads
+from ..plans.carried import read_block
 from ..plans.files import as_plan
 from ..plans.layer_plan import PlanError
 from ..plans.plan import PlanRecipe, VisualPlan
@@ -30,6 +31,7 @@ from .llava import LLAVA, VIP_LLAVA
 from .llava_next import LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION
 from .original_llava import ORIGINAL_LLAVA
 from .qwen_vl import QWEN2_VL, QWEN3_VL
+from .saving import carried_block, save_block
 from .scopes import hold
 from .state import PatchState
 from .verify import check_behaviour
@@ -80,7 +82,7 @@ Plan = VisualPlan | PlanRecipe | str | Path
 
 def patch(
     model: nn.Module,
-    plan: Plan | Mapping[str, Plan] = "auto",
+    plan: Plan | Mapping[str, Plan] | None = None,
     *,
     heads: str | Path | ArrayLike | None = None,
     calibration: Calibration | str | Path | None = None,
@@ -89,16 +91,19 @@ def patch(
 ) -> nn.Module:
     """Make `model` compute on its visual tokens only what `plan` asks for. In place; returns the model.
 
-    plan: a plan, a recipe, a shipped plan's name or a YAML file; "auto" is the family's conservative, training-free
-    plan. Several by names of your own: the first is the one that calls run under, unless they say another
-    (`use_plan`, `generate(..., vis_sparse_plan=name)`). heads: for plans with head budgets, a file or array (layers,
-    heads) of masks or scores; "first" keeps the first heads (random weights only). calibration: a `Calibration` or its
-    file, for head and neuron budgets. backend: "auto" (Triton on a GPU, torch elsewhere), "torch", "triton", "flex" or
-    "reference" (docs/kernels.md). verify: run the text model once on a few rows, as it is and in lanes that compute
-    everything, and refuse it if they differ; once a model, not on the meta device.
+    plan: a plan, a recipe, a shipped plan's name, a YAML file, a folder or a repository of the Hub with a plan
+    (`load_plan`); "auto" is the family's conservative, training-free plan. Several by names of your own: the first is
+    the one that calls run under, unless they say another (`use_plan`, `generate(..., vis_sparse_plan=name)`). None:
+    what the model's checkpoint carries, if it was saved from a patched model, or else "auto". heads: for plans with
+    head budgets, a file or array (layers, heads) of masks or scores; "first" keeps the first heads (random weights
+    only). calibration: a `Calibration`, its file or repository, for head and neuron budgets. backend: "auto" (Triton
+    on a GPU, torch elsewhere), "torch", "triton", "flex" or "reference" (docs/kernels.md). verify: run the text model
+    once on a few rows, as it is and in lanes that compute everything, and refuse it if they differ; once a model, not
+    on the meta device.
 
-    A second patch replaces the first. Weights are not changed. Raises PatchError for a model that is not supported
-    and PlanError for a plan that does not fit it; the model is then as it was.
+    A second patch replaces the first. Weights are not changed. `save_pretrained` of a patched model writes its plans
+    into config.json, or beside an adapter. Raises PatchError for a model that is not supported and PlanError for a
+    plan that does not fit it; the model is then as it was.
     """
     model, whole = _base(model), model
     family = family_of(model)
@@ -108,6 +113,9 @@ def patch(
     decoder = read_decoder(family.text_model(outer))
     calibration = checked_calibration(calibration, model, family.text_model(outer), decoder)
     check_heads_file(heads, model, family.text_model(outer))
+    if plan is None:
+        block = carried_block(model)
+        plan = "auto" if block is None else read_block(block)
     given = plan if isinstance(plan, Mapping) else {None: plan}
     if not given or not all(isinstance(name, str) for name in given if isinstance(plan, Mapping)):
         raise PlanError(f"plan: got {plan!r}, expected a plan, or plans by name")
@@ -118,7 +126,7 @@ def patch(
         kernels = get_backend(backend)
     except ValueError as error:
         raise PatchError(str(error)) from None
-    state, before = PatchState(family, model, decoder, plans, kernels), _state(model)
+    state, before = PatchState(family, model, decoder, plans, kernels, whole), _state(model)
     if before is not None:
         before.remove()
     try:
@@ -142,6 +150,17 @@ def _resolved(family: Family, plan: Plan, decoder: Decoder, heads, calibration) 
     return resolved
 
 
+def save_plan(model: nn.Module, folder: str | Path) -> None:
+    """Write the plans of a patched model into a folder that holds its checkpoint (config.json) or an adapter.
+
+    `save_pretrained` of a patched model does it; this is for what was saved otherwise, such as an adapter of
+    `get_peft_model(vis_sparse.patch(model))`, of which the patch knows nothing. Raises PatchError for a model that is
+    not patched and for a folder that holds neither.
+    """
+    _patched_text_model(model, "save_plan")
+    save_block(_state(model).block, Path(folder))
+
+
 def unpatch(model: nn.Module) -> nn.Module:
     """Undo `patch`; a model that is not patched is left as it is. Returns the model."""
     state = _state(model)
@@ -153,7 +172,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 @contextmanager
 def patched(
     model: nn.Module,
-    plan: Plan | Mapping[str, Plan] = "auto",
+    plan: Plan | Mapping[str, Plan] | None = None,
     *,
     heads: str | Path | ArrayLike | None = None,
     calibration: Calibration | str | Path | None = None,
@@ -182,6 +201,11 @@ def unpatched(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         if state is not None:
             state.install()
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether calls of the model run under a plan of `patch`."""
+    return _state(model) is not None
 
 
 def read_layout(model: nn.Module, inputs: Mapping) -> VisualLayout | None:
@@ -231,7 +255,7 @@ def use_prompt(model: nn.Module, length: int | Sequence[int]) -> Iterator[None]:
 
 
 def _patched_text_model(model: nn.Module, asked_by: str) -> nn.Module:
-    if _state(model) is None:
+    if not is_patched(model):
         raise PatchError(f"{asked_by}: got a model that is not patched, expected vis_sparse.patch(model) before")
     return _text_model(model)
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from ..executor.lanes import Decoder
 from ..plans.atomic_write import is_file
+from ..plans.budgets import HEADS_FILES
+from ..plans.hub import located
 from ..plans.layer_plan import PlanError, brief
 from ..plans.scores import Calibration, origin
 from ..plans.tensor_file import read_tensors
@@ -60,6 +62,7 @@ def checked_calibration(
 
 def check_heads_file(heads, model: nn.Module, text_model: nn.Module) -> None:
     """The same for head scores in a file that calibrate wrote; their sizes are checked with the plan."""
+    heads = located(heads, HEADS_FILES, "heads")
     if isinstance(heads, str | Path) and Path(heads).suffix == ".safetensors" and is_file(heads):
         try:
             known = read_tensors(heads, names=())[1]

@@ -32,10 +32,12 @@ from ..executor.transformers_internals import (
 from ..kernels import Backend
 from ..layout.layout import LayoutError, VisualLayout
 from ..layout.packing import Packing, pack, text_coordinates
+from ..plans.carried import to_block
 from ..plans.plan import VisualPlan
 from .arguments import check_arguments, host_mask
 from .errors import PatchError
 from .family import Family, Running, bound, prompt_ends
+from .saving import save_pretrained
 from .scopes import held, hold
 from .wraps import check_devices, check_layers
 
@@ -52,16 +54,24 @@ _RUNNING: ContextVar[tuple[PatchState, Running] | None] = ContextVar("vis_sparse
 class PatchState:
     """Lives on the text model as `_vis_sparse`, from `install` to `remove`.
 
-    plans: by name, heads resolved; the first is the one that calls run under which name none.
+    plans: by name, heads resolved; the first is the one that calls run under which name none. whole: the model, or
+    PEFT's wrapper that was given to `patch` with it inside.
     """
 
     def __init__(
-        self, family: Family, model: nn.Module, decoder: Decoder, plans: Mapping[str, VisualPlan], backend: Backend
+        self,
+        family: Family,
+        model: nn.Module,
+        decoder: Decoder,
+        plans: Mapping[str, VisualPlan],
+        backend: Backend,
+        whole: nn.Module,
     ):
-        self.family, self.model, self.backend = family, model, backend
+        self.family, self.model, self.backend, self._whole = family, model, backend, whole
         self.outer = family.outer_model(model)
         self.text_model = family.text_model(self.outer)
         self.plans = dict(plans)
+        self._sizes = decoder.num_heads, decoder.ffn_size
         self.executors = {name: LaneExecutor(decoder, plan, backend) for name, plan in plans.items()}
         self.default = next(iter(plans))
         # plan and tables of the last call that ran in lanes, and of the last whole prompt among them: to look at
@@ -70,6 +80,11 @@ class PatchState:
         self._blocks = _blocks(self.text_model)
         self.kept_calls = KeptCalls()
         self._warned = False
+
+    @property
+    def block(self) -> dict:
+        """What a checkpoint saved from the model carries."""
+        return to_block(self.plans, *self._sizes)
 
     # Installing
 
@@ -87,6 +102,9 @@ class PatchState:
             self._replace(self.model, "forward", _labelled_forward)
         if hasattr(self.model, "generate"):
             self._replace(self.model, "generate", _generate)
+        for saved in {id(each): each for each in (self.model, self._whole)}.values():
+            if hasattr(saved, "save_pretrained"):
+                self._replace(saved, "save_pretrained", save_pretrained)
 
     def _replace(self, module: nn.Module, name: str, function) -> None:
         """Set `module.name` to `function(state, plain, ...)`, plain: what stood there. A partial: those pickle."""

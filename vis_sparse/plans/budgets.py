@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .atomic_write import is_file
+from .hub import located
 from .layer_plan import HeadBudget, HeadFile, NeuronBudget, PlanError, brief, reason
 from .plan import VisualPlan, mask_plan
-from .scores import Calibration, keep_heads
+from .scores import CALIBRATION_FILE, Calibration, keep_heads
 from .tensor_file import read_tensors
 
+HEADS_FILES = ("heads.safetensors", "heads.npy", CALIBRATION_FILE)  # of a repository that holds one
 # What numpy raises for bytes that are no array.
 _UNREADABLE = (
     ValueError, TypeError, EOFError, MemoryError, OverflowError, OSError, SyntaxError, RecursionError, BadZipFile,
@@ -27,9 +29,10 @@ def load_heads(path: str | Path) -> np.ndarray:
     """A (layers, heads) array: bool masks (True = active) or float scores (higher = more active).
 
     `.npy` holds the array itself (the official masks' format); `.safetensors` holds it as tensor `heads`. Nothing is
-    unpickled. Raises PlanError if the file is missing or holds something else.
+    unpickled. A repository of the Hub (OWNER/NAME) stands for its heads.npy, heads.safetensors or calibration. Raises
+    PlanError if the file is missing or holds something else.
     """
-    path = Path(path)
+    path = Path(located(path, HEADS_FILES, "heads"))
     if not is_file(path):
         raise PlanError(f"heads: got {brief(str(path))}, expected an existing .npy or .safetensors file")
     try:

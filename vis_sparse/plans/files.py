@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from .atomic_write import is_file
+from .carried import ADAPTER_FILE, plans_of_file, plans_of_folder
+from .hub import hub_file, is_hub_id
 from .layer_plan import PlanError, brief
 from .plan import PlanRecipe, VisualPlan, read_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+PLAN_FILE = "plan.yaml"  # of a repository or folder that holds a plan
 
 
 def plan_names() -> list[str]:
@@ -20,19 +24,57 @@ def plan_names() -> list[str]:
 
 
 def load_plan(source: str | Path) -> PlanRecipe:
-    """The plan called `source` in `configs/`, or the YAML file at that path.
+    """The plan called `source` in `configs/`, the YAML file at that path, or the plan of a folder or of a repository
+    of the Hub (OWNER/NAME, OWNER/NAME@REVISION, OWNER/NAME:FILE): its plan.yaml, or what its checkpoint carries.
 
-    A recipe fits any depth: `patch` and `flops` take it as it is, `.resolve(num_layers)` gives the `VisualPlan`.
+    "NAME+2", of any of these: with the first 2 layers whole, for visual tokens are changed most there
+    (`PlanRecipe.whole_first`). A recipe fits any depth: `patch` and `flops` take it as it is, `.resolve(num_layers)`
+    gives the `VisualPlan`.
     """
     if not isinstance(source, str | Path):
         raise PlanError(f"plan: got {brief(source)}, expected a file or one of {', '.join(plan_names())}")
     if str(source) in plan_names():
         return read_recipe(CONFIGS / f"{source}.yaml")
     if is_file(source):
-        return read_recipe(Path(source))
+        return _of_file(Path(source))
+    whole = re.fullmatch(r"(.+)\+([1-9][0-9]{,4})", str(source))
+    if whole is not None:
+        return load_plan(whole[1]).whole_first(int(whole[2]))
+    if is_hub_id(source):
+        return _of_file(hub_file(source, (PLAN_FILE, ADAPTER_FILE, "config.json"), "plan"))
+    if _is_folder(source):
+        return _of_folder(Path(source))
     near = difflib.get_close_matches(str(source), plan_names(), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise PlanError(f"plan: got {brief(str(source))}, expected a file or one of {', '.join(plan_names())}{hint}")
+
+
+def _of_file(file: Path) -> PlanRecipe:
+    if file.suffix != ".json":
+        return read_recipe(file)
+    plans = plans_of_file(file)
+    if plans is None:
+        raise PlanError(f"plan: got {str(file)!r} without a vis_sparse block, expected one of a patched model")
+    return next(iter(plans.values())).as_recipe()
+
+
+def _of_folder(folder: Path) -> PlanRecipe:
+    if is_file(folder / PLAN_FILE):
+        return read_recipe(folder / PLAN_FILE)
+    plans = plans_of_folder(folder)
+    if plans is None:
+        raise PlanError(
+            f"plan: got the folder {brief(str(folder))} without a plan, expected {PLAN_FILE} in it, or a checkpoint "
+            "that was saved from a patched model"
+        )
+    return next(iter(plans.values())).as_recipe()
+
+
+def _is_folder(source: str | Path) -> bool:
+    try:
+        return Path(source).is_dir()
+    except (OSError, ValueError):  # names that nothing can have
+        return False
 
 
 def shown_names(plans: Iterable[str]) -> dict[str, str]:

@@ -212,6 +212,11 @@ class VisualPlan:
         """The plan as YAML text; `from_yaml` of it gives an equal plan."""
         return yaml_format.write_fields(self.name, self.about, self.semantics, self.layers)
 
+    def as_recipe(self) -> PlanRecipe:
+        """The recipe that gives this plan, for a model of its depth alone."""
+        entries = tuple((str(index), layer) for index, layer in enumerate(self.layers))
+        return PlanRecipe(self.name, self.about, self.semantics, entries=entries, num_layers=self.num_layers)
+
 
 def _layer_set(layers: Iterable[int], num_layers: int) -> frozenset[int]:
     _check_depth(num_layers)
@@ -252,6 +257,17 @@ class PlanRecipe:
     default: LayerPlan = LayerPlan()
     entries: tuple[tuple[str, Mapping[str, Any] | LayerPlan], ...] = field(default=())
     num_layers: int | None = None
+
+    def whole_first(self, count: int) -> PlanRecipe:
+        """The same plan with its first `count` layers whole: every head, full attention, the whole FFN, read by text.
+
+        Tokens leave where they did. Its name is this one's with `+count` behind it, as `load_plan` takes it.
+        """
+        check_int("whole_first", count, 1, MOST_LAYERS)
+        changes = {name: getattr(LayerPlan(), name) for name in ("text_reads", "attention", "heads", "ffn")}
+        about = f"{self.about} The first {count} layers whole.".strip()
+        entries = (*self.entries, (f"0-{count - 1}", changes))
+        return dataclasses.replace(self, name=f"{self.name}+{count}", about=about, entries=entries)
 
     def resolve(self, num_layers: int | None = None) -> VisualPlan:
         """The plan for a model of `num_layers` decoder layers."""

@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from .atomic_write import is_file
+from .hub import located
 from .layer_plan import HeadBudget, PlanError
 from .tensor_file import read_tensors, write_tensors
+
+CALIBRATION_FILE = "calibration.safetensors"  # of a repository that holds one
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,11 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """Read what `save` wrote. Raises PlanError naming the file if it is missing or something else."""
+        """Read what `save` wrote: a file, or a repository of the Hub (OWNER/NAME) with a calibration.safetensors.
+
+        Raises PlanError naming the file if it is missing or something else.
+        """
+        path = located(path, (CALIBRATION_FILE,), "calibration")
         try:
             if not is_file(path):
                 raise ValueError("there is none")

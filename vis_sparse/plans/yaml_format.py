@@ -51,8 +51,13 @@ def read_fields(source: str | Path) -> tuple[dict, str]:
     if not isinstance(data, dict):
         keys = ", ".join(_PLAN_KEYS)
         raise PlanError(f"{origin}: got {type(data).__name__}, expected a mapping with the keys {keys}")
+    return checked_fields(data, origin), origin
+
+
+def checked_fields(data: dict, origin: str) -> dict:
+    """The fields of a `PlanRecipe` from what a file holds, `plan_data` written out. Raises PlanError naming origin."""
     try:
-        return _fields(data), origin
+        return _fields(data)
     except PlanError as error:
         raise PlanError(f"{origin}: {error}") from None
 
@@ -168,19 +173,24 @@ def _budget(kind: type, value: dict, where: str, field: str):
 
 def write_fields(name: str, about: str, semantics: str, layers: Sequence[LayerPlan]) -> str:
     """A plan as YAML text, runs of equal layers written once."""
+    data = plan_data(name, about, semantics, layers)
+    return yaml.safe_dump(data, sort_keys=False, width=120, default_flow_style=None)
+
+
+def plan_data(name: str, about: str, semantics: str, layers: Sequence[LayerPlan]) -> dict:
+    """A plan as a file holds it, runs of equal layers once."""
     entries = {}
     for layer, run in groupby(range(len(layers)), key=lambda i: layers[i]):
         indices = list(run)
         spec = str(indices[0]) if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
         entries[spec] = "off" if layer == LayerPlan.off() else _layer_dict(layer)
-    data = {
+    return {
         "name": name,
         "about": about,
         "semantics": semantics,
         "num_layers": len(layers),
         "layers": entries,
     }
-    return yaml.safe_dump(data, sort_keys=False, width=120, default_flow_style=None)
 
 
 def _layer_dict(layer: LayerPlan) -> dict:

@@ -1,0 +1,1 @@
+"""Fine-tuning under a plan: LLaVA's conversations, transformers' Trainer, and distillation from the dense model."""
