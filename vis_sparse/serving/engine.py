@@ -1,0 +1,140 @@
+"""The plug-in's hold on vLLM: four of its functions are wrapped, and each does what it did where no plan is asked for.
+
+- `EngineArgs.create_engine_config`: a plan is read and refused here, in the caller's process, before anything starts.
+- weights processed after loading: the model is made to run plans (`install`).
+- `GPUModelRunner._build_attention_metadata` (Model Runner V1, all CPUs): tells whose rows a step holds.
+- `InputProcessor.process_inputs`: a request's plan and layout.
+
+Model Runner V2 is told by `model_state`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+from .errors import ServingError
+from .kinds import TEXT
+from .requests import ASKED, NOTE, asked_plan, note_of, salted, visual_ranges
+from .settings import KEY, Loaded, TextShape, is_loaded, read_settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+VERSIONS = ("0.32",)
+
+
+def register() -> None:
+    """The entry point `vllm.general_plugins`: runs once in every process of an engine."""
+    import vllm
+    from vllm.engine.arg_utils import EngineArgs
+
+    if hasattr(EngineArgs.create_engine_config, "_vis_sparse"):
+        return
+    _wrap(EngineArgs, "create_engine_config", _configured)
+    if _supported(vllm.__version__):
+        _hold()
+
+
+def _supported(version: str) -> bool:
+    return any(version == each or version.startswith(f"{each}.") for each in VERSIONS)
+
+
+def _hold() -> None:
+    from vllm.model_executor.model_loader import base_loader
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    _wrap(base_loader, "process_weights_after_loading", _loaded)
+    _wrap(GPUModelRunner, "_build_attention_metadata", _begun)
+    _wrap(InputProcessor, "process_inputs", _noted)
+
+
+def _wrap(owner, name: str, wrapper) -> None:
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapped(*args, **kwargs):
+        return wrapper(original, *args, **kwargs)
+
+    wrapped._vis_sparse = original
+    setattr(owner, name, wrapped)
+
+
+def loaded_plans(vllm_config: VllmConfig) -> Loaded | None:
+    """The plans of an engine, None if it has none."""
+    block = vllm_config.additional_config.get(KEY) if isinstance(vllm_config.additional_config, dict) else None
+    return Loaded.from_block(block) if is_loaded(block) else None
+
+
+def text_shape(vllm_config: VllmConfig) -> TextShape:
+    config = vllm_config.model_config.hf_text_config
+    heads = config.num_attention_heads
+    return TextShape(
+        config.num_hidden_layers, heads, getattr(config, "num_key_value_heads", None) or heads, config.intermediate_size
+    )
+
+
+def _configured(original, *args, **kwargs):
+    vllm_config = original(*args, **kwargs)
+    block = vllm_config.additional_config.get(KEY) if isinstance(vllm_config.additional_config, dict) else None
+    if block is None or is_loaded(block):
+        return vllm_config
+    import vllm
+
+    if not _supported(vllm.__version__):
+        raise ServingError(
+            f"vis_sparse: got vLLM {vllm.__version__}, expected {' or '.join(VERSIONS)} (the plug-in holds on to "
+            "internal functions, and was tested with these)"
+        )
+    from .refusals import check_engine
+
+    check_engine(vllm_config)
+    loaded = read_settings(block, text_shape(vllm_config), vllm_config.cache_config.block_size)
+    vllm_config.additional_config = {**vllm_config.additional_config, KEY: loaded.to_block()}
+    return vllm_config
+
+
+def _loaded(original, model, model_config, *args, **kwargs):
+    from vllm.config import get_current_vllm_config_or_none
+
+    vllm_config = get_current_vllm_config_or_none()
+    loaded = None if vllm_config is None else loaded_plans(vllm_config)
+    if loaded is not None and model_config is vllm_config.model_config:
+        from .install import install
+
+        install(model, vllm_config, loaded, text_shape(vllm_config))
+    return original(model, model_config, *args, **kwargs)
+
+
+def _begun(original, runner, *args, **kwargs):
+    if loaded_plans_of(runner) is not None:
+        from .runner import begin_step
+
+        begin_step(runner, original, args, kwargs)
+    return original(runner, *args, **kwargs)
+
+
+def loaded_plans_of(owner) -> Loaded | None:
+    """The plans of an engine's part, read once."""
+    if "_vis_sparse_loaded" not in owner.__dict__:
+        owner._vis_sparse_loaded = loaded_plans(owner.vllm_config)
+    return owner._vis_sparse_loaded
+
+
+def _noted(original, processor, *args, **kwargs):
+    request = original(processor, *args, **kwargs)
+    loaded = loaded_plans_of(processor)
+    if loaded is None or request.sampling_params is None:
+        return request
+    params = request.sampling_params  # the processor's own copy
+    note = note_of(loaded, visual_ranges(request.mm_features or ()), asked_plan(params.extra_args))
+    params.extra_args = {**(params.extra_args or {}), NOTE: note}
+    params.extra_args.pop(ASKED, None)
+    if "_vis_sparse_lays_out" not in processor.__dict__:
+        layers = loaded.kinds(text_shape(processor.vllm_config))
+        processor._vis_sparse_lays_out = frozenset(
+            plan for plan in range(len(loaded.plans)) if any(layer.attention[plan] == TEXT for layer in layers)
+        )
+    request.cache_salt = salted(note, request.cache_salt, loaded, processor._vis_sparse_lays_out)
+    return request

@@ -1,0 +1,165 @@
+"""A loaded vLLM model, made to run plans: its forward, its layers' attention metadata, weights that visual rows need.
+
+Runs in each worker, once, between loading the weights and packing them. Names of vLLM's modules stand here and in
+`engine.py`, nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.models.llama import LlamaAttention, LlamaMLP
+from vllm.model_executor.models.mistral import MistralAttention, MistralMLP
+from vllm.model_executor.models.qwen2 import Qwen2Attention, Qwen2MLP
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionCGSupport
+
+from .cuts import VisualFFN, VisualKeys, shard_neurons
+from .errors import ServingError
+from .kinds import READ, TEXT
+from .lanes import PlannedForward
+from .runtime import Runtime
+from .settings import Loaded, TextShape
+
+logger = init_logger("vllm.vis_sparse")
+
+ATTENTION = (LlamaAttention, Qwen2Attention, MistralAttention)
+FFN = (LlamaMLP, Qwen2MLP, MistralMLP)
+RUN_BACKENDS = ("CPU_ATTN",)
+READ_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")  # written for, never run here
+RUNTIME = "vis_sparse_runtime"
+
+
+def install(model: nn.Module, vllm_config: VllmConfig, loaded: Loaded, shape: TextShape) -> None:
+    """Make `model` run the loaded plans. Raises ServingError for a model or backend that cannot."""
+    layers = _checked_layers(model, shape)
+    runtime = Runtime(loaded, shape)
+    keys, ffns, updates = {}, {}, {}
+    device = layers[0].self_attn.qkv_proj.weight.device
+    with torch.device(device):
+        for index, (kinds, layer) in enumerate(zip(runtime.layers, layers)):
+            attention = layer.self_attn.attn
+            updates[index] = attention.impl.do_kv_cache_update
+            if READ in kinds.attention:
+                keys[index] = VisualKeys(layer.self_attn, _packer())
+            if TEXT in kinds.attention:
+                attention.impl.do_kv_cache_update = _update_with_copies(updates[index], runtime, kinds.attention)
+            if not kinds.is_dense:
+                attention.attn_backend = _backend(attention.attn_backend, runtime, kinds.attention)
+            for neurons in set(kinds.neurons) - {0, shape.ffn}:
+                ffns[index, neurons] = _visual_ffn(layer.mlp, neurons, shape.ffn)
+    forward = PlannedForward(model, runtime, keys, ffns, updates, get_forward_context)
+    model.forward = forward
+    setattr(model, RUNTIME, runtime)
+    model.vis_sparse_forward = forward
+    extra = sum(parameter.nbytes for part in (*keys.values(), *ffns.values()) for parameter in part.parameters())
+    logger.info(
+        "vis_sparse: plans %s (default %s), %d layers changed, at most %.1f MiB of weights twice",
+        ", ".join(loaded.names),
+        loaded.names[0],
+        sum(not kinds.is_dense for kinds in runtime.layers),
+        extra / 2**20,
+    )
+
+
+def _checked_layers(model: nn.Module, shape: TextShape) -> list[nn.Module]:
+    name = type(model).__name__
+    try:
+        layers = list(model.language_model.model.layers)
+    except AttributeError:
+        raise ServingError(
+            f"{name}: got no language_model.model.layers, expected a LLaVA, Qwen2-VL, Qwen2.5-VL or InternVL"
+        ) from None
+    if len(layers) != shape.layers:
+        raise ServingError(f"{name}: got {len(layers)} layers, expected the config's {shape.layers}")
+    for index, layer in enumerate(layers):
+        where = f"{name}, layer {index}"
+        if type(getattr(layer, "self_attn", None)) not in ATTENTION or type(getattr(layer, "mlp", None)) not in FFN:
+            raise ServingError(f"{where}: got {type(layer).__name__}, expected a layer of Llama, Mistral or Qwen2")
+        attention = layer.self_attn
+        if getattr(attention, "qk_norm", False) or getattr(attention, "do_llama_4_scaling", False):
+            raise ServingError(f"{where}: got query or key normalisation, expected none")
+        if getattr(attention, "dual_chunk_attention_config", None):
+            raise ServingError(f"{where}: got dual chunk attention, expected causal attention")
+        for part in (attention.qkv_proj, attention.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
+            if not isinstance(part.quant_method, UnquantizedLinearMethod):
+                raise ServingError(
+                    f"{where}: got weights quantised by {type(part.quant_method).__name__}, expected plain ones "
+                    "(parts of them are needed for visual rows)"
+                )
+        impl = attention.attn.impl
+        if getattr(impl, "sliding_window", None) not in (None, -1, (-1, -1)):
+            raise ServingError(f"{where}: got sliding-window attention, expected attention to all earlier tokens")
+        backend = attention.attn.attn_backend
+        if backend.get_name() not in RUN_BACKENDS + READ_BACKENDS or backend.forward_includes_kv_cache_update:
+            raise ServingError(
+                f"{where}: got the attention backend {backend.get_name()}, expected one of "
+                f"{', '.join(RUN_BACKENDS + READ_BACKENDS)} (--attention-backend)"
+            )
+    if layers[0].self_attn.attn.attn_backend.get_name() in READ_BACKENDS:
+        logger.warning("vis_sparse: this attention backend was written for, and has not been run by the project")
+    return layers
+
+
+def _packer() -> Callable | None:
+    if not current_platform.is_cpu():
+        return None
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    return lambda layer: dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+
+
+def _visual_ffn(ffn: nn.Module, neurons, size: int) -> VisualFFN:
+    rank, shards = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    reduce = tensor_model_parallel_all_reduce if shards > 1 else None
+    return VisualFFN(ffn, shard_neurons(neurons, size, rank, shards), _packer(), reduce, rank == 0)
+
+
+def _update_with_copies(update: Callable, runtime: Runtime, kinds: tuple[int, ...]) -> Callable:
+    """The engine's write of keys, then layout B's copies of block ends into block heads, each before a write anew."""
+
+    def write(layer, key, value, kv_cache, slot_mapping):
+        update(layer, key, value, kv_cache, slot_mapping)
+        for source, target in runtime.copies.get(kinds, ()):
+            kv_cache[target] = kv_cache[source]
+            update(layer, key, value, kv_cache, slot_mapping)
+
+    return write
+
+
+def _backend(base: type, runtime: Runtime, kinds: tuple[int, ...]) -> type:
+    """`base` with metadata of the queries that a layer of these kinds has. Runners group layers by the class's name."""
+    builder = base.get_builder_cls()
+
+    class PlannedBuilder(builder):
+        supports_update_block_table = False
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            if runtime.loaded.block % self.kv_cache_spec.block_size:
+                raise ServingError(
+                    f"got kernel blocks of {self.kv_cache_spec.block_size} tokens, expected a divisor of the "
+                    f"{runtime.loaded.block} by which requests are laid out (set --block-size)"
+                )
+
+        @classmethod
+        def get_cudagraph_support(cls, vllm_config, kv_cache_spec):
+            return AttentionCGSupport.NEVER
+
+        def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+            common = runtime.attention(kinds, common_attn_metadata, self.kv_cache_spec.block_size)
+            return None if common is None else super().build(common_prefix_len, common, fast_build)
+
+    name = f"Planned{base.__name__}{''.join(map(str, kinds))}"
+    return type(name, (base,), {"get_builder_cls": staticmethod(lambda: PlannedBuilder)})
