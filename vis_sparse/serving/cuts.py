@@ -7,11 +7,21 @@ shard takes what it holds of them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Which part of the weights this worker holds. reduce: the sum of a tensor over all of them."""
+
+    rank: int = 0
+    number: int = 1
+    reduce: Callable = torch.Tensor.clone
 
 
 class CutLinear(nn.Module):
@@ -21,7 +31,6 @@ class CutLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self.packed_bytes = self.weight.nbytes
         self.cpu_linear = None
         if pack is not None and self.weight.numel():
             pack(self)
@@ -53,30 +62,33 @@ class VisualKeys(nn.Module):
 
 
 class VisualFFN(nn.Module):
-    """The FFN on some of its neurons. reduce: sums over shards."""
+    """The FFN on some of its neurons, a count of first ones or indices, summed over shards."""
 
     def __init__(
-        self, ffn: nn.Module, neurons: np.ndarray, pack: Callable | None, reduce: Callable | None, first_shard: bool
+        self, ffn: nn.Module, neurons: int | tuple[int, ...], size: int, shards: Shards, pack: Callable | None
     ):
-        """neurons: indices among those that this shard holds."""
         super().__init__()
         gate_up, down = ffn.gate_up_proj, ffn.down_proj
-        index = torch.from_numpy(neurons).to(gate_up.weight.device)
-        held = gate_up.weight.shape[0] // 2
-        both = torch.cat([index, index + held])
+        mine = shard_neurons(neurons, size, shards)
+        index = torch.from_numpy(mine).to(gate_up.weight.device)
+        both = torch.cat([index, index + size // shards.number])
         bias = None if gate_up.bias is None else gate_up.bias[both]
         self.up = CutLinear(gate_up.weight[both], bias, pack)
         self.act = ffn.act_fn
-        self.down = CutLinear(down.weight[:, index], down.bias if first_shard else None, pack)
-        self.neurons, self.reduce = len(neurons), reduce
+        self.down = CutLinear(down.weight[:, index], down.bias if shards.rank == 0 else None, pack)
+        self.neurons, self.reduce = len(mine), shards.reduce if shards.number > 1 else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.down(self.act(self.up(x))) if self.neurons else torch.zeros_like(x)
+        if self.neurons:
+            out = self.down(self.act(self.up(x)))
+        else:
+            out = torch.zeros_like(x) if self.down.bias is None else self.down.bias.expand_as(x)
         return out if self.reduce is None else self.reduce(out)
 
 
-def shard_neurons(neurons: int | tuple[int, ...], size: int, rank: int, shards: int) -> np.ndarray:
-    """int64 indices, within its shard, of those of `neurons` (a count of first ones, or indices) that `rank` holds."""
+def shard_neurons(neurons: int | tuple[int, ...], size: int, shards: Shards) -> np.ndarray:
+    """int64 indices, within its shard, of those of `neurons` that a worker holds."""
     chosen = np.arange(neurons) if isinstance(neurons, int) else np.array(neurons, np.int64)
-    held = size // shards
-    return chosen[(chosen >= rank * held) & (chosen < (rank + 1) * held)] - rank * held
+    held = size // shards.number
+    first = shards.rank * held
+    return chosen[(chosen >= first) & (chosen < first + held)] - first

@@ -11,16 +11,20 @@ Model Runner V2 is told by `model_state`.
 from __future__ import annotations
 
 import functools
+import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .errors import ServingError
-from .kinds import TEXT
+from .metrics import count
 from .requests import ASKED, NOTE, asked_plan, note_of, salted, visual_ranges
+from .savings import Savings, savings_of
 from .settings import KEY, Loaded, TextShape, is_loaded, read_settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+logger = logging.getLogger("vllm.vis_sparse")  # vLLM's own handlers and format
 VERSIONS = ("0.32",)
 
 
@@ -90,7 +94,10 @@ def _configured(original, *args, **kwargs):
     from .refusals import check_engine
 
     check_engine(vllm_config)
-    loaded = read_settings(block, text_shape(vllm_config), vllm_config.cache_config.block_size)
+    shape = text_shape(vllm_config)
+    loaded = read_settings(block, shape, vllm_config.cache_config.block_size)
+    for plan, savings in zip(loaded.plans, savings_of(loaded.kinds(shape), len(loaded.plans), shape)):
+        logger.info("vis_sparse: %s", savings.line(plan.name))
     vllm_config.additional_config = {**vllm_config.additional_config, KEY: loaded.to_block()}
     return vllm_config
 
@@ -108,33 +115,46 @@ def _loaded(original, model, model_config, *args, **kwargs):
 
 
 def _begun(original, runner, *args, **kwargs):
-    if loaded_plans_of(runner) is not None:
+    if runner.__dict__.setdefault("_vis_sparse_loaded", loaded_plans(runner.vllm_config)) is not None:
         from .runner import begin_step
 
         begin_step(runner, original, args, kwargs)
     return original(runner, *args, **kwargs)
 
 
-def loaded_plans_of(owner) -> Loaded | None:
-    """The plans of an engine's part, read once."""
-    if "_vis_sparse_loaded" not in owner.__dict__:
-        owner._vis_sparse_loaded = loaded_plans(owner.vllm_config)
-    return owner._vis_sparse_loaded
-
-
 def _noted(original, processor, *args, **kwargs):
     request = original(processor, *args, **kwargs)
-    loaded = loaded_plans_of(processor)
-    if loaded is None or request.sampling_params is None:
+    desk = _desk(processor)
+    if desk is None or request.sampling_params is None:
         return request
     params = request.sampling_params  # the processor's own copy
-    note = note_of(loaded, visual_ranges(request.mm_features or ()), asked_plan(params.extra_args))
+    ranges = visual_ranges(request.mm_features or ())
+    note = note_of(desk.loaded, ranges, asked_plan(params.extra_args))
     params.extra_args = {**(params.extra_args or {}), NOTE: note}
     params.extra_args.pop(ASKED, None)
-    if "_vis_sparse_lays_out" not in processor.__dict__:
-        layers = loaded.kinds(text_shape(processor.vllm_config))
-        processor._vis_sparse_lays_out = frozenset(
-            plan for plan in range(len(loaded.plans)) if any(layer.attention[plan] == TEXT for layer in layers)
-        )
-    request.cache_salt = salted(note, request.cache_salt, loaded, processor._vis_sparse_lays_out)
+    request.cache_salt = salted(note, request.cache_salt, desk.loaded, desk.lays_out)
+    count(desk.loaded.names[note["plan"]], sum(last + 1 - first for first, last in ranges), desk.savings[note["plan"]])
     return request
+
+
+@dataclass(frozen=True)
+class _Desk:
+    """What is known where requests come in."""
+
+    loaded: Loaded
+    savings: list[Savings]
+
+    @property
+    def lays_out(self) -> frozenset[int]:
+        return frozenset(plan for plan, savings in enumerate(self.savings) if savings.keys)
+
+
+def _desk(processor) -> _Desk | None:
+    """Of an input processor, made at its first request."""
+    if "_vis_sparse_desk" not in processor.__dict__:
+        loaded = loaded_plans(processor.vllm_config)
+        if loaded is not None:
+            shape = text_shape(processor.vllm_config)
+            savings = savings_of(loaded.kinds(shape), len(loaded.plans), shape)
+        processor._vis_sparse_desk = None if loaded is None else _Desk(loaded, savings)
+    return processor._vis_sparse_desk

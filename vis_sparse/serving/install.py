@@ -23,12 +23,10 @@ from vllm.model_executor.models.llama import LlamaAttention, LlamaMLP
 from vllm.model_executor.models.mistral import MistralAttention, MistralMLP
 from vllm.model_executor.models.qwen2 import Qwen2Attention, Qwen2MLP
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionCGSupport
 
-from .cuts import VisualFFN, VisualKeys, shard_neurons
+from .cuts import Shards
 from .errors import ServingError
-from .kinds import READ, TEXT
-from .lanes import PlannedForward
+from .lanes import planned_forward
 from .runtime import Runtime
 from .settings import Loaded, TextShape
 
@@ -45,25 +43,18 @@ def install(model: nn.Module, vllm_config: VllmConfig, loaded: Loaded, shape: Te
     """Make `model` run the loaded plans. Raises ServingError for a model or backend that cannot."""
     layers = _checked_layers(model, shape)
     runtime = Runtime(loaded, shape)
-    keys, ffns, updates = {}, {}, {}
-    device = layers[0].self_attn.qkv_proj.weight.device
-    with torch.device(device):
-        for index, (kinds, layer) in enumerate(zip(runtime.layers, layers)):
-            attention = layer.self_attn.attn
-            updates[index] = attention.impl.do_kv_cache_update
-            if READ in kinds.attention:
-                keys[index] = VisualKeys(layer.self_attn, _packer())
-            if TEXT in kinds.attention:
-                attention.impl.do_kv_cache_update = _update_with_copies(updates[index], runtime, kinds.attention)
-            if not kinds.is_dense:
-                attention.attn_backend = _backend(attention.attn_backend, runtime, kinds.attention)
-            for neurons in set(kinds.neurons) - {0, shape.ffn}:
-                ffns[index, neurons] = _visual_ffn(layer.mlp, neurons, shape.ffn)
-    forward = PlannedForward(model, runtime, keys, ffns, updates, get_forward_context)
+    shards = Shards(
+        get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), tensor_model_parallel_all_reduce
+    )
+    with torch.device(layers[0].self_attn.qkv_proj.weight.device):
+        forward = planned_forward(model, runtime, shards, _packer(), get_forward_context)
     model.forward = forward
     setattr(model, RUNTIME, runtime)
     model.vis_sparse_forward = forward
-    extra = sum(parameter.nbytes for part in (*keys.values(), *ffns.values()) for parameter in part.parameters())
+    model.get_model_state_cls = lambda: _state_class(runtime)  # what Model Runner V2 asks for
+    extra = sum(
+        parameter.nbytes for part in (*forward.keys.values(), *forward.ffns.values()) for parameter in part.parameters()
+    )
     logger.info(
         "vis_sparse: plans %s (default %s), %d layers changed, at most %.1f MiB of weights twice",
         ", ".join(loaded.names),
@@ -120,46 +111,9 @@ def _packer() -> Callable | None:
     return lambda layer: dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
 
 
-def _visual_ffn(ffn: nn.Module, neurons, size: int) -> VisualFFN:
-    rank, shards = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    reduce = tensor_model_parallel_all_reduce if shards > 1 else None
-    return VisualFFN(ffn, shard_neurons(neurons, size, rank, shards), _packer(), reduce, rank == 0)
+def _state_class(runtime: Runtime) -> type:
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+    from .model_state import planned_state
 
-def _update_with_copies(update: Callable, runtime: Runtime, kinds: tuple[int, ...]) -> Callable:
-    """The engine's write of keys, then layout B's copies of block ends into block heads, each before a write anew."""
-
-    def write(layer, key, value, kv_cache, slot_mapping):
-        update(layer, key, value, kv_cache, slot_mapping)
-        for source, target in runtime.copies.get(kinds, ()):
-            kv_cache[target] = kv_cache[source]
-            update(layer, key, value, kv_cache, slot_mapping)
-
-    return write
-
-
-def _backend(base: type, runtime: Runtime, kinds: tuple[int, ...]) -> type:
-    """`base` with metadata of the queries that a layer of these kinds has. Runners group layers by the class's name."""
-    builder = base.get_builder_cls()
-
-    class PlannedBuilder(builder):
-        supports_update_block_table = False
-
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            if runtime.loaded.block % self.kv_cache_spec.block_size:
-                raise ServingError(
-                    f"got kernel blocks of {self.kv_cache_spec.block_size} tokens, expected a divisor of the "
-                    f"{runtime.loaded.block} by which requests are laid out (set --block-size)"
-                )
-
-        @classmethod
-        def get_cudagraph_support(cls, vllm_config, kv_cache_spec):
-            return AttentionCGSupport.NEVER
-
-        def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
-            common = runtime.attention(kinds, common_attn_metadata, self.kv_cache_spec.block_size)
-            return None if common is None else super().build(common_prefix_len, common, fast_build)
-
-    name = f"Planned{base.__name__}{''.join(map(str, kinds))}"
-    return type(name, (base,), {"get_builder_cls": staticmethod(lambda: PlannedBuilder)})
+    return planned_state(DefaultModelState, runtime)

@@ -13,15 +13,39 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .cuts import VisualFFN, VisualKeys
-from .kinds import READ, LayerKinds
+from .backends import planned_backend, update_with_copies
+from .cuts import Shards, VisualFFN, VisualKeys
+from .kinds import READ, TEXT, LayerKinds
 from .runtime import Runtime
 from .step import Step
 
 
+def planned_forward(
+    model: nn.Module, runtime: Runtime, shards: Shards, pack: Callable | None, get_context: Callable
+) -> PlannedForward:
+    """The forward of `model` under the runtime's plans, after its layers were made ready for it.
+
+    Cuts the weights that visual rows need, and gives layers that leave rows out their backend and their write of keys.
+    pack: what the engine does to weights of products, if anything. get_context: gives the engine's context of a call.
+    """
+    keys, ffns, updates = {}, {}, {}
+    for index, (kinds, layer) in enumerate(zip(runtime.layers, model.language_model.model.layers)):
+        attention = layer.self_attn.attn
+        updates[index] = attention.impl.do_kv_cache_update
+        if READ in kinds.attention:
+            keys[index] = VisualKeys(layer.self_attn, pack)
+        if TEXT in kinds.attention:
+            attention.impl.do_kv_cache_update = update_with_copies(updates[index], runtime, kinds.attention)
+        if not kinds.is_dense:
+            attention.attn_backend = planned_backend(attention.attn_backend, runtime, kinds.attention)
+        for neurons in set(kinds.neurons) - {0, runtime.shape.ffn}:
+            ffns[index, neurons] = VisualFFN(layer.mlp, neurons, runtime.shape.ffn, shards, pack)
+    return PlannedForward(model, runtime, keys, ffns, updates, get_context)
+
+
 class PlannedForward:
-    """Stands in for the outer model's forward. keys, ffns, updates: by layer, what `install` cut, and how the engine
-    writes keys."""
+    """Stands in for the outer model's forward. keys, ffns, updates: by layer, what `planned_forward` cut, and how the
+    engine writes keys."""
 
     def __init__(
         self,
@@ -36,6 +60,7 @@ class PlannedForward:
         self.text_model = model.language_model.model
         self.runtime, self.keys, self.ffns = runtime, keys, ffns
         self.updates, self.get_context = updates, get_context
+        self.names = [layer.self_attn.attn.layer_name for layer in self.text_model.layers]
         self.rows_entered = {"attention": [0] * len(runtime.layers), "ffn": [0] * len(runtime.layers)}
         self.rows_scheduled = 0
 
@@ -60,34 +85,26 @@ class PlannedForward:
         """The engine's slots of each layer's keys, as far as they are not those of all rows."""
         before, changed = context.slot_mapping, self.runtime.slots
         self._own = before
-        context.slot_mapping = {
-            self._name(index): changed.get(layer.attention, before[self._name(index)])
-            for index, layer in enumerate(self.runtime.layers)
-        }
+        if changed:
+            context.slot_mapping = {
+                name: changed.get(layer.attention, before[name]) for name, layer in zip(self.names, self.runtime.layers)
+            }
         try:
             yield
         finally:
             context.slot_mapping = before
 
-    def _name(self, index: int) -> str:
-        return self.text_model.layers[index].self_attn.attn.layer_name
-
     def _frozen(self, step: Step, positions: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         text = self.runtime.rows("text", (~step.visual).nonzero()[0], embeds.device)
         visual = self.runtime.rows("visual", step.visual.nonzero()[0], embeds.device)
-        x = embeds[visual]
         for index, layer in enumerate(self.runtime.layers):
             if READ in layer.attention:
                 self._write_keys(index, layer, step, embeds, positions)
         out = torch.empty_like(embeds)
         if len(text):
-            out[text] = self.text_model(
-                input_ids=None,
-                positions=positions[..., text],
-                intermediate_tensors=None,
-                inputs_embeds=embeds[text],
-            )
-        out[visual] = self.text_model.norm(x)
+            # by the outer model's own call of it, which is how it was compiled
+            out[text] = self.original(None, positions[..., text], None, embeds[text])
+        out[visual] = self.text_model.norm(embeds[visual])
         self._count(step, len(text))
         return out
 

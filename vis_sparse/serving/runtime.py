@@ -93,7 +93,8 @@ class Runtime:
             slots = slots.clone()
             place = table[request, column].to(slots.dtype) * block + offset
             slots[torch.from_numpy(moved.row).to(device)] = place.to(slots.dtype)
-        self.slots[kinds] = slots
+        if slots is not common.slot_mapping:
+            self.slots[kinds] = slots
         if TEXT in kinds:
             self.copies[kinds] = [
                 tuple(

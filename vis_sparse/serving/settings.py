@@ -92,6 +92,7 @@ def read_settings(block: Any, shape: TextShape, cache_block: int) -> Loaded:
         raise ServingError(f"{KEY}: plans: got {brief(others)}, expected a list of names or YAML files")
     try:
         plans = [_resolved(source, shape, block.get("calibration")) for source in [block["plan"], *others]]
+        layer_kinds(plans, shape.heads, shape.kv_heads, shape.ffn)
     except PlanError as error:
         raise ServingError(f"{KEY}: {error}") from None
     names = [plan.name for plan in plans]
@@ -99,9 +100,7 @@ def read_settings(block: Any, shape: TextShape, cache_block: int) -> Loaded:
         raise ServingError(f"{KEY}: got the plan {sorted(twice)[0]!r} twice, expected plans of different names")
     if "dense" not in names:
         plans.append(VisualPlan.dense(shape.layers))
-    loaded = Loaded(tuple(plans), cache_block)
-    loaded.kinds(shape)
-    return loaded
+    return Loaded(tuple(plans), cache_block)
 
 
 def _resolved(source, shape: TextShape, calibration) -> VisualPlan:

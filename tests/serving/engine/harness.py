@@ -30,7 +30,7 @@ num_layers: 8
 layers:
   0: {attention: full, ffn: 0.25}
   1: {attention: none, ffn: 0.5}
-  2: {text_reads: false, attention: none, ffn: [0, 1, 2, 5, 100, 351]}
+  2: {text_reads: false, attention: none, ffn: [0, 1, 2, 5, 100, 223]}
   3: {attention: full}
   4: off
   5: {attention: none}
