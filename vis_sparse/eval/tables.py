@@ -95,6 +95,30 @@ def draw_peers(console: Console, results: list[dict]) -> None:
     )
 
 
+def draw_served(console: Console, results: list[dict]) -> None:
+    """Rows of `bench_vllm`: first token, between tokens and throughput, dense and under the plan."""
+    first = results[0]
+    console.print(
+        f"vLLM, {first['model']}: dense and {first['plan']}, {first['new_tokens']} new tokens after an image and "
+        f"{first['text_tokens']} text tokens"
+    )
+    table = tight_table("requests at once", "first token", "", "", "between tokens", "", "", "tokens/s", "", "")
+    table.add_row("", *("dense", first["plan"], "ratio") * 3, style="bright_black")
+    for row in results:
+        cells = []
+        for key in ("ttft_ms", "tpot_ms"):
+            cells += [seconds(row[f"{who}_{key}"] / 1e3) for who in ("dense", "plan")] + [f"{row[f'ratio_{key}']:.2f}"]
+        cells += [f"{row[f'{who}_tokens_per_s']:.1f}" for who in ("dense", "plan")]
+        table.add_row(str(row["concurrency"]), *cells, f"{row['ratio_tokens_per_s']:.2f}")
+    console.print(table)
+    console.print(
+        f"\nmedians of {first['repeats']} rounds in turns, of at least {first['requests']} requests; ratios: plan over "
+        "dense, paired.",
+        style="bright_black",
+        highlight=False,
+    )
+
+
 def draw_demo(console: Console, results: dict) -> None:
     """Accuracy, with the blind model's below, and cost of every plan, from the demo's figures."""
     kinds = list(results["questions"])

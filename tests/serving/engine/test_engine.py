@@ -3,9 +3,9 @@ prefixes, several images and none, log-probabilities of prompts, and the rows th
 
 import pytest
 
+from vis_sparse.eval.random_checkpoint import random_llava
 from vis_sparse.plans.schedule import schedule
 
-from .checkpoints import random_llava
 from .harness import TOLERANCE, Reference, plan_files
 from .running import DEFAULT, Ask, answers, engine, worst
 

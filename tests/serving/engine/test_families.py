@@ -2,9 +2,9 @@
 
 import pytest
 
+from vis_sparse.eval.random_checkpoint import TEXT, random_llava
 from vis_sparse.eval.tiny import checkpoint
 
-from .checkpoints import TEXT, random_llava
 from .harness import TOLERANCE, Reference, served
 from .running import PLACE, Ask, engine, worst
 

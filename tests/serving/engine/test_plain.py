@@ -2,7 +2,8 @@
 
 import os
 
-from .checkpoints import random_llava
+from vis_sparse.eval.random_checkpoint import random_llava
+
 from .running import Ask, answers, engine
 
 

@@ -5,9 +5,8 @@ import vllm
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
+from vis_sparse.eval.random_checkpoint import random_llava
 from vis_sparse.serving.errors import ServingError
-
-from .checkpoints import random_llava
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from .checkpoints import random_llava
+from vis_sparse.eval.random_checkpoint import random_llava
+
 from .harness import TOLERANCE, Reference, picture, plan_files, text
 from .running import DEFAULT
 

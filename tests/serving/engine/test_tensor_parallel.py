@@ -1,6 +1,7 @@
 """Two workers: each holds half of the heads and neurons, visual ones too."""
 
-from .checkpoints import random_llava
+from vis_sparse.eval.random_checkpoint import random_llava
+
 from .harness import TOLERANCE, Reference
 from .running import Ask, engine, worst
 

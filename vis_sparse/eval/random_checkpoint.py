@@ -1,4 +1,4 @@
-"""Checkpoints with random weights that vLLM and transformers both load: other text models, images of whole blocks."""
+"""LLaVA checkpoints with random weights, of any width, that vLLM and transformers both load: for tests and timings."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from vis_sparse.eval.tiny.files import write_checkpoint
-from vis_sparse.eval.tiny.model_llava import CHAT_TEMPLATE, _published_name
-from vis_sparse.eval.tiny.words import BOS, EOS, IMAGE, PAD, WORDS, tokenizer
+from .tiny.files import write_checkpoint
+from .tiny.model_llava import CHAT_TEMPLATE, published_name
+from .tiny.words import BOS, EOS, IMAGE, PAD, WORDS, tokenizer
 
 LAYERS, PATCH = 8, 8
 TEXT = {
@@ -29,7 +29,10 @@ TEXT = {
 
 
 def random_llava(folder: Path, text: str = "llama", side: int = 64, seed: int = 0, **sizes) -> Path:
-    """A LLaVA with `(side / 8) ** 2` visual tokens an image, 64 by default: two blocks of 32."""
+    """Write a LLaVA with `(side / 8) ** 2` visual tokens an image, 64 by default, unless `folder` has one.
+
+    text: the text model. side: of the images, in pixels. sizes: fields of the text model's config.
+    """
     if (folder / "config.json").exists():
         return folder
     kind, own = TEXT[text]
@@ -61,5 +64,5 @@ def random_llava(folder: Path, text: str = "llama", side: int = 64, seed: int = 
         image_processor=images, tokenizer=tokenizer(WORDS, {"image_token": "<image>"}), patch_size=PATCH,
         vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE,
     )  # fmt: skip
-    write_checkpoint(folder, model, config, processor, _published_name)
+    write_checkpoint(folder, model, config, processor, published_name)
     return folder
