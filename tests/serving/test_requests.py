@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from vis_sparse.plans.carried import to_block
 from vis_sparse.plans.layer_plan import LayerPlan, Neighborhood, TokenBudget
 from vis_sparse.plans.plan import VisualPlan
 from vis_sparse.serving.engine import _supported
@@ -15,7 +16,7 @@ from vis_sparse.serving.refusals import check_engine
 from vis_sparse.serving.requests import NOTE, asked_plan, note_of, salted, visual_ranges
 from vis_sparse.serving.runtime import Runtime
 from vis_sparse.serving.savings import Savings
-from vis_sparse.serving.settings import Loaded, TextShape, is_loaded, read_settings
+from vis_sparse.serving.settings import Loaded, TextShape, is_loaded, read_carried, read_settings
 
 SHAPE = TextShape(layers=8, heads=8, kv_heads=4, ffn=48)
 
@@ -87,6 +88,17 @@ def test_settings(tmp_path):
 def test_settings_that_are_refused(block, word):
     with pytest.raises(ServingError, match=word):
         read_settings(block, SHAPE, 32)
+
+
+def test_a_checkpoints_own_plans():
+    carried = to_block({"fast": VisualPlan.vica(8, [1]), "exact": VisualPlan.dense(8)}, 8, 48)
+    loaded = read_carried(carried, SHAPE, 32)
+    assert loaded.names == ("fast", "exact", "dense") and loaded.plans[0].layers == VisualPlan.vica(8, [1]).layers
+    near = to_block({"yopo": VisualPlan.yopo(8)}, 8, 48)
+    with pytest.raises(ServingError, match="neighborhood.*the checkpoint carries this plan: give another one"):
+        read_carried(near, SHAPE, 32)
+    with pytest.raises(ServingError, match="expected what a patched model's save_pretrained writes"):
+        read_carried({"plan": "vica"}, SHAPE, 32)
 
 
 def test_a_plan_of_too_many_neurons_is_refused(tmp_path):

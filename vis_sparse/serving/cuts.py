@@ -32,6 +32,7 @@ class CutLinear(nn.Module):
         self.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.cpu_linear = None
+        self.bytes = self.weight.nbytes  # before packing, which keeps as many elsewhere
         if pack is not None and self.weight.numel():
             pack(self)
 

@@ -19,7 +19,7 @@ from .errors import ServingError
 from .metrics import count
 from .requests import ASKED, NOTE, asked_plan, note_of, salted, visual_ranges
 from .savings import Savings, savings_of
-from .settings import KEY, Loaded, TextShape, is_loaded, read_settings
+from .settings import KEY, Loaded, TextShape, is_loaded, read_carried, read_settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -81,7 +81,9 @@ def text_shape(vllm_config: VllmConfig) -> TextShape:
 
 def _configured(original, *args, **kwargs):
     vllm_config = original(*args, **kwargs)
-    block = vllm_config.additional_config.get(KEY) if isinstance(vllm_config.additional_config, dict) else None
+    told = vllm_config.additional_config if isinstance(vllm_config.additional_config, dict) else {}
+    carried = getattr(vllm_config.model_config.hf_config, KEY, None)
+    block = told.get(KEY, carried)
     if block is None or is_loaded(block):
         return vllm_config
     import vllm
@@ -89,16 +91,17 @@ def _configured(original, *args, **kwargs):
     if not _supported(vllm.__version__):
         raise ServingError(
             f"vis_sparse: got vLLM {vllm.__version__}, expected {' or '.join(VERSIONS)} (the plug-in holds on to "
-            "internal functions, and was tested with these)"
+            f"internal functions, and was tested with these; {KEY}: null serves the checkpoint as vLLM does)"
         )
     from .refusals import check_engine
 
     check_engine(vllm_config)
-    shape = text_shape(vllm_config)
-    loaded = read_settings(block, shape, vllm_config.cache_config.block_size)
+    shape, cache_block = text_shape(vllm_config), vllm_config.cache_config.block_size
+    read = read_settings if KEY in told else read_carried
+    loaded = read(block, shape, cache_block)
     for plan, savings in zip(loaded.plans, savings_of(loaded.kinds(shape), len(loaded.plans), shape)):
         logger.info("vis_sparse: %s", savings.line(plan.name))
-    vllm_config.additional_config = {**vllm_config.additional_config, KEY: loaded.to_block()}
+    vllm_config.additional_config = {**told, KEY: loaded.to_block()}
     return vllm_config
 
 

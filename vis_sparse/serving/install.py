@@ -24,7 +24,7 @@ from vllm.model_executor.models.mistral import MistralAttention, MistralMLP
 from vllm.model_executor.models.qwen2 import Qwen2Attention, Qwen2MLP
 from vllm.platforms import current_platform
 
-from .cuts import Shards
+from .cuts import CutLinear, Shards
 from .errors import ServingError
 from .lanes import planned_forward
 from .runtime import Runtime
@@ -52,7 +52,8 @@ def install(model: nn.Module, vllm_config: VllmConfig, loaded: Loaded, shape: Te
     setattr(model, RUNTIME, runtime)
     model.vis_sparse_forward = forward
     model.get_model_state_cls = lambda: _state_class(runtime)  # what Model Runner V2 asks for
-    extra = sum(
+    parts = nn.ModuleList([*forward.keys.values(), *forward.ffns.values()])
+    extra = sum(part.bytes for part in parts.modules() if isinstance(part, CutLinear))
         parameter.nbytes for part in (*forward.keys.values(), *forward.ffns.values()) for parameter in part.parameters()
     )
     logger.info(

@@ -1,7 +1,8 @@
 """What an engine is told: `--additional-config '{"vis_sparse": {"plan": "vica", "plans": ["vtw"]}}'`.
 
-Read once, where the engine's configuration is made, and put back in full (`Loaded.to_block`): workers on other machines
-need no plan file, and what a compiled graph is keyed by covers what the plans say, not what their files are called.
+A checkpoint's own plans, in its config.json, are taken where nothing is said. Read once, where the engine's
+configuration is made, and put back in full (`Loaded.to_block`): workers on other machines need no plan file, and what a
+compiled graph is keyed by covers what the plans say, not what their files are called.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..plans.budgets import resolve_heads
+from ..plans.carried import KEY, read_block
 from ..plans.files import load_plan
 from ..plans.layer_plan import PlanError, brief
 from ..plans.plan import VisualPlan
 from .errors import ServingError
 from .kinds import LayerKinds, layer_kinds
 
-KEY = "vis_sparse"
 _KNOWN = ("plan", "plans", "calibration")
 _LOADED = "loaded"
 
@@ -100,6 +101,21 @@ def read_settings(block: Any, shape: TextShape, cache_block: int) -> Loaded:
         raise ServingError(f"{KEY}: got the plan {sorted(twice)[0]!r} twice, expected plans of different names")
     if "dense" not in names:
         plans.append(VisualPlan.dense(shape.layers))
+    return Loaded(tuple(plans), cache_block)
+
+
+def read_carried(block: Any, shape: TextShape, cache_block: int) -> Loaded:
+    """The plans that a checkpoint's config.json carries. Raises ServingError."""
+    try:
+        plans = [plan.replace(name=name) for name, plan in read_block(block).items()]
+        if "dense" not in block["plans"]:
+            plans.append(VisualPlan.dense(shape.layers))
+        layer_kinds(plans, shape.heads, shape.kv_heads, shape.ffn)
+    except (PlanError, ServingError) as error:
+        raise ServingError(
+            f'{error}; the checkpoint carries this plan: give another one ({KEY}: {{"plan": ...}}), or null to serve it '
+            "as vLLM does"
+        ) from None
     return Loaded(tuple(plans), cache_block)
 
 

@@ -1,11 +1,15 @@
 """What an engine under a plan cannot have ends in one clear error, where the engine is asked for."""
 
+import json
+
 import pytest
 import vllm
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
 from vis_sparse.eval.random_checkpoint import random_llava
+from vis_sparse.plans.carried import to_block
+from vis_sparse.plans.plan import VisualPlan
 from vis_sparse.serving.errors import ServingError
 
 
@@ -28,6 +32,22 @@ def test_a_plan_is_read_where_the_engine_is_made(folder):
         "name: dense",
     ]
     assert config(folder, block_size=32).additional_config["vis_sparse"]["block"] == 32
+
+
+def test_a_checkpoints_own_plan_is_taken_where_nothing_is_said(folder, tmp_path):
+    own = {"vis_sparse": to_block({"fast": VisualPlan.vica(8, [1])}, 8, 352)}
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | own))
+
+    def names(**settings):
+        made = EngineArgs(str(tmp_path), dtype="float32", **settings).create_engine_config()
+        block = made.additional_config.get("vis_sparse")
+        return block and [text.splitlines()[0] for text in block["loaded"]]
+
+    assert names() == ["name: fast", "name: dense"]
+    assert names(additional_config={"vis_sparse": {"plan": "vtw"}}) == ["name: vtw", "name: dense"]
+    assert names(additional_config={"vis_sparse": None}) is None
 
 
 @pytest.mark.parametrize(
