@@ -54,8 +54,6 @@ def install(model: nn.Module, vllm_config: VllmConfig, loaded: Loaded, shape: Te
     model.get_model_state_cls = lambda: _state_class(runtime)  # what Model Runner V2 asks for
     parts = nn.ModuleList([*forward.keys.values(), *forward.ffns.values()])
     extra = sum(part.bytes for part in parts.modules() if isinstance(part, CutLinear))
-        parameter.nbytes for part in (*forward.keys.values(), *forward.ffns.values()) for parameter in part.parameters()
-    )
     logger.info(
         "vis_sparse: plans %s (default %s), %d layers changed, at most %.1f MiB of weights twice",
         ", ".join(loaded.names),
