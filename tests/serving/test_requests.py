@@ -95,7 +95,7 @@ def test_a_checkpoints_own_plans():
     loaded = read_carried(carried, SHAPE, 32)
     assert loaded.names == ("fast", "exact", "dense") and loaded.plans[0].layers == VisualPlan.vica(8, [1]).layers
     near = to_block({"yopo": VisualPlan.yopo(8)}, 8, 48)
-    with pytest.raises(ServingError, match="neighborhood.*the checkpoint carries this plan: give vis_sparse another one"):
+    with pytest.raises(ServingError, match="neighborhood.*the checkpoint carries this plan: give vis_sparse"):
         read_carried(near, SHAPE, 32)
     with pytest.raises(ServingError, match="expected what a patched model's save_pretrained writes"):
         read_carried({"plan": "vica"}, SHAPE, 32)

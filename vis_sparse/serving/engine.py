@@ -136,6 +136,8 @@ def _noted(original, processor, *args, **kwargs):
     params.extra_args = {**(params.extra_args or {}), NOTE: note}
     params.extra_args.pop(ASKED, None)
     request.cache_salt = salted(note, request.cache_salt, desk.loaded, desk.lays_out)
+    if note["compact"] and note["plan"] in desk.lays_out:
+        params.skip_reading_prefix_cache = True  # its own copies (n > 1) have its salt
     count(desk.loaded.names[note["plan"]], sum(last + 1 - first for first, last in ranges), desk.savings[note["plan"]])
     return request
 

@@ -113,8 +113,7 @@ def read_carried(block: Any, shape: TextShape, cache_block: int) -> Loaded:
         layer_kinds(plans, shape.heads, shape.kv_heads, shape.ffn)
     except (PlanError, ServingError) as error:
         raise ServingError(
-            f'{error}; the checkpoint carries this plan: give another one ({KEY}: {{"plan": ...}}), or null to serve it '
-            "as vLLM does"
+            f"{error}; the checkpoint carries this plan: give {KEY} another one, or null to serve it as vLLM does"
         ) from None
     return Loaded(tuple(plans), cache_block)
 

@@ -5,7 +5,7 @@ import pytest
 from vis_sparse.eval.random_checkpoint import TEXT, random_llava
 from vis_sparse.eval.tiny import checkpoint
 
-from .harness import TOLERANCE, Reference, served
+from .harness import TOLERANCE, Reference, farthest, served
 from .running import PLACE, Ask, engine, worst
 
 SIZES = {"qwen2_vl": ((96, 96), (88, 128)), "internvl": ((96, 96), (96, 192))}
@@ -27,3 +27,15 @@ def test_answers(family, tmp_path):
         for _ in range(2):
             distance, _ = worst(llm, asks, against, plans)
             assert distance < TOLERANCE
+        samples_of_one_prompt(llm, Ask(1, 2, "vica", tail=40, place=place, sizes=sizes, tokens=12), against)
+
+
+def samples_of_one_prompt(llm, ask, against):
+    """Three answers that go different ways: copies of a request have its prefix, and must not write over each other's."""
+    params = ask.params
+    params.n, params.temperature, params.seed = 3, 1.0, 7
+    [output] = llm.generate([ask.prompt], [params], use_tqdm=False)
+    plan = against.plan("vica", {})
+    assert len({tuple(each.token_ids) for each in output.outputs}) > 1
+    for index in range(3):
+        assert farthest(output, ask.pictures, plan, against, index, greedy=False) < TOLERANCE
