@@ -31,7 +31,7 @@ def test_answers(family, tmp_path):
 
 
 def samples_of_one_prompt(llm, ask, against):
-    """Three answers that go different ways: copies of a request have its prefix, and must not write over each other's."""
+    """Three answers that go different ways: copies of a request must not write over each other's text."""
     params = ask.params
     params.n, params.temperature, params.seed = 3, 1.0, 7
     [output] = llm.generate([ask.prompt], [params], use_tqdm=False)
