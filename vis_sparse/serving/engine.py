@@ -117,12 +117,14 @@ def _loaded(original, model, model_config, *args, **kwargs):
     return original(model, model_config, *args, **kwargs)
 
 
-def _begun(original, runner, *args, **kwargs):
-    if runner.__dict__.setdefault("_vis_sparse_loaded", loaded_plans(runner.vllm_config)) is not None:
+def _begun(original, runner, **kwargs):
+    if "_vis_sparse_planned" not in runner.__dict__:
+        runner._vis_sparse_planned = loaded_plans(runner.vllm_config) is not None
+    if runner._vis_sparse_planned:
         from .runner import begin_step
 
-        begin_step(runner, original, args, kwargs)
-    return original(runner, *args, **kwargs)
+        begin_step(runner, **kwargs)
+    return original(runner, **kwargs)
 
 
 def _noted(original, processor, *args, **kwargs):

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
-
 from .errors import ServingError
 from .install import RUNTIME
 from .requests import NOTE, visual_ranges
 from .runtime import Runtime, facts_of
 
 
-def begin_step(runner, build, args, kwargs) -> None:
-    """Tell the model's runtime of the step that `build`, the runner's builder of attention metadata, is asked for."""
+def begin_step(runner, *, num_reqs: int, num_scheduled_tokens: dict | None = None, **_) -> None:
+    """Tell the model's runtime of the step of `num_reqs` requests whose attention metadata the runner builds next.
+
+    num_scheduled_tokens: by request; dummy steps, which have none, have no visual rows either.
+    """
     runtime: Runtime | None = getattr(runner.get_model(), RUNTIME, None)
     if runtime is None:
         raise ServingError(
             f"got a plan and a model of {type(runner.get_model()).__name__} that was loaded without it, expected a "
             "--load-format of vLLM's default loader"
         )
-    call = inspect.signature(build).bind(runner, *args, **kwargs).arguments
-    requests = call["num_reqs"]
-    # dummy steps name no tokens of requests
-    ids = runner.input_batch.req_ids if call.get("num_scheduled_tokens") is not None else []
+    ids = runner.input_batch.req_ids if num_scheduled_tokens is not None else []
     sharing = bool(runner.cache_config.enable_prefix_caching)
     runtime.begin(
         list(map(runner.requests.__getitem__, ids)),
         lambda state: _facts(state, runtime, sharing),
-        runner.query_start_loc.np[: requests + 1],
-        runner.optimistic_seq_lens_cpu.numpy()[:requests],
+        runner.query_start_loc.np[: num_reqs + 1],
+        runner.optimistic_seq_lens_cpu.numpy()[:num_reqs],
     )
 
 
