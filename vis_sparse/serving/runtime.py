@@ -81,6 +81,8 @@ class Runtime:
         step = self.step
         if step is None:
             raise ServingError("attention metadata was asked for outside a step: expected the hooks of this plug-in")
+        if not step.has_visual and TEXT not in kinds:
+            return common  # every request is one run of text, and reads all that is before it
         sequences = step.sequences(kinds)
         device, table = common.block_table_tensor.device, common.block_table_tensor
         rows = self.rows(("queries", kinds), sequences.rows, device)
