@@ -13,6 +13,8 @@ PYTEST ?= -n 2 -q
 FUZZ ?= --cases 100000
 OLD := .venv-old
 NEXT := .venv-next
+VLLM := .venv-vllm
+SOAK ?= --requests 2000
 # the original package pins torch 2.0 and transformers 4.36, but its model classes run on today's
 LLAVA := --no-deps llava-torch==1.2.2.post1
 
@@ -20,13 +22,16 @@ LLAVA := --no-deps llava-torch==1.2.2.post1
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test test-fast test-old test-next fuzz lint types package docs figures bench results tiny clean
+.PHONY: help setup demo test test-fast test-old test-next setup-vllm test-vllm soak-vllm bench-vllm fuzz lint types package docs figures bench results tiny clean
 help:
 	@echo "make demo    the shipped tiny LLaVA, dense and under three plans, on held-out images: table, PNG, HTML page"
 	@echo "make test    the tests"
 	@echo "make test-fast  the tests without the slow cases, for every change"
 	@echo "make test-old  the tests on transformers 5.17 and torch 2.11, in $(OLD)"
 	@echo "make test-next  the tests on the newest pre-release of transformers, in $(NEXT)"
+	@echo "make test-vllm  plans inside vLLM on the CPU, against the transformers executor, in $(VLLM)"
+	@echo "make soak-vllm  random requests, images, plans, aborts and preemptions, all checked: SOAK='--requests 2000'"
+	@echo "make bench-vllm  vLLM's own bench client, dense and under a plan in turns"
 	@echo "make fuzz    random cases against the oracle, 100,000 resumable: FUZZ='--seconds 600'"
 	@echo "make mutants  small faults, one by one in a copy of the package: tests must find them"
 	@echo "make lint    ruff"
@@ -70,6 +75,23 @@ test-next:
 	$(NEXT)/bin/python -m pip install --quiet --upgrade --pre transformers
 	$(NEXT)/bin/python -m pytest $(PYTEST)
 
+setup-vllm: $(VLLM)/.ready
+
+$(VLLM)/.ready: setup.py constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+test-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python -m pytest -q tests/serving
+
+soak-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python -m tests.serving.engine.soak $(SOAK)
+
+bench-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/vis-sparse bench --engine vllm
+
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz --out out/fuzz.jsonl $(FUZZ)
 
@@ -106,4 +128,4 @@ tiny: $(READY)
 	$(BIN)/python -m vis_sparse.eval.tiny.train --family $(FAMILY) $(TINY)
 
 clean:
-	rm -rf $(VENV) $(OLD) $(NEXT) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD) $(NEXT) $(VLLM) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -74,5 +74,6 @@ setup(
     entry_points={
         "console_scripts": ["vis-sparse = vis_sparse.cli.main:app"],
         "lmms_eval.models": ["vis_sparse = vis_sparse.eval.lmms:manifest"],
+        "vllm.general_plugins": ["vis_sparse = vis_sparse.serving.engine:register"],
     },
 )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..eval.bench import DTYPES, bench, bench_train, compare
+from ..eval.bench_vllm import EngineError, bench_vllm
 from ..eval.progress import progress
-from ..eval.tables import draw_bench, draw_peers, draw_train
+from ..eval.tables import draw_bench, draw_peers, draw_served, draw_train
 from .checks import count, one_of, torch_device
 from .flops import pixels
 from .options import CalibrationOption, JsonOption, ModelOption, emit
@@ -36,6 +38,9 @@ def bench_command(
     clock: Annotated[
         str, typer.Option(help="With --train: wall, or process (seconds of all threads, where others work too).")
     ] = "wall",
+    engine: Annotated[
+        str, typer.Option(help="transformers, or vllm: two servers on a random LLaVA (or a folder), vLLM's own client.")
+    ] = "transformers",
     calibration: CalibrationOption = None,
     json_file: JsonOption = None,
 ) -> None:
@@ -49,6 +54,10 @@ def bench_command(
         return
     one_of(dtype, DTYPES, "--dtype")
     torch_device(device)
+    one_of(engine, ("transformers", "vllm"), "--engine")
+    if engine == "vllm":
+        _served(model, plan, layers, text_tokens, pixels(image_size), dtype, repeats, json_file)
+        return
     names = list(dict.fromkeys(name.strip() for name in plan.split(",")))
     one_of(clock, ("wall", "process"), "--clock")
     if train:
@@ -88,3 +97,23 @@ def bench_command(
             on_turn=on_turn,
         )
     emit(results if len(results) > 1 else results[0], json_file, lambda console: draw_bench(console, results))
+
+
+def _served(model, plan, layers, text_tokens, image_size, dtype, repeats, json_file) -> None:
+    folder = Path(model) if Path(model).is_dir() else None
+    size = {} if image_size is None else {"image_size": image_size}
+    try:
+        with progress("serving in turns") as on_turn:
+            results = bench_vllm(
+                plan,
+                folder,
+                layers=layers,
+                text_tokens=text_tokens,
+                dtype=dtype,
+                repeats=repeats,
+                on_turn=on_turn,
+                **size,
+            )
+    except EngineError as error:
+        raise typer.BadParameter(str(error), param_hint="--engine") from None
+    emit(results, json_file, lambda console: draw_served(console, results))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from .numbers import human, mebibytes, percent, seconds, span
+from .numbers import human, mebibytes, percent, seconds, span, three_digits
 
 
 def tight_table(*headings: str, left: tuple[str, ...] = (), title: str | None = None) -> Table:
@@ -118,6 +118,30 @@ def draw_peers(console: Console, results: list[dict]) -> None:
             console.print(f"{row['peer']} did not run: {row['why']}", highlight=False)
     console.print(
         f"\ntime: median of {first['repeats']} rounds in turns. speed-up: paired.\n{measured_on(first)}",
+        style="bright_black",
+        highlight=False,
+    )
+
+
+def draw_served(console: Console, results: list[dict]) -> None:
+    """Rows of `bench_vllm`: first token, between tokens and throughput, dense and under the plan."""
+    first = results[0]
+    console.print(
+        f"vLLM, {first['model']}: dense and {first['plan']}, {first['new_tokens']} new tokens after an image and "
+        f"{first['text_tokens']} text tokens"
+    )
+    table = tight_table("at once", "", "first token", "between tokens", "tokens/s", left=("",))
+    for row in results:
+        for who, name in (("dense", "dense"), ("plan", row["plan"])):
+            times = (seconds(row[f"{who}_{key}"] / 1e3) for key in ("ttft_ms", "tpot_ms"))
+            shown = str(row["concurrency"]) if who == "dense" else ""
+            table.add_row(shown, name, *times, three_digits(row[f"{who}_tokens_per_s"]))
+        ratios = (f"{row[f'ratio_{key}']:.2f}" for key in ("ttft_ms", "tpot_ms", "tokens_per_s"))
+        table.add_row("", "ratio", *ratios, style="bright_black")
+    console.print(table)
+    console.print(
+        f"\nmedians of {first['repeats']} rounds in turns, of at least {first['requests']} requests; ratios: plan over "
+        "dense, paired.",
         style="bright_black",
         highlight=False,
     )

@@ -125,10 +125,11 @@ def positions(grid: tuple[int, int]) -> Tensor:
 
 def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
     """Write config, processor, generation config and fp16 weights under the names of the published LLaVA-1.5 files."""
-    write_checkpoint(folder, model, config(), processor(), _published_name)
+    write_checkpoint(folder, model, config(), processor(), published_name)
 
 
-def _published_name(name: str) -> str:
+def published_name(name: str) -> str:
+    """What a tensor of the model is called in the published LLaVA-1.5 files."""
     name = name.removeprefix("model.")
     name = name.replace("language_model.", "language_model.model.", 1)
     if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):

@@ -1,0 +1,91 @@
+"""Engines for tests, and requests with what they must say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from .harness import Reference, farthest, picture, plan_files, text
+
+DEFAULT = "vica"
+PLACE = {"qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>", "internvl": "<IMG_CONTEXT>"}
+
+
+@contextmanager
+def engine(folder: Path, plans: Path | None, **settings) -> Iterator:
+    """An engine on a checkpoint, with the plans of `plan_files` (None: without the plug-in's settings)."""
+    from vllm import LLM
+
+    settings = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 640,
+        "limit_mm_per_prompt": {"image": 3},
+        "block_size": 32,
+        "max_num_batched_tokens": 48,
+        "max_num_seqs": 6,
+        "max_logprobs": 70,
+        "disable_log_stats": False,
+        "num_gpu_blocks_override": 60,
+    } | settings
+    if plans is not None:
+        others = [source for name, source in plan_files(plans).items() if name != DEFAULT]
+        settings["additional_config"] = {"vis_sparse": {"plan": DEFAULT, "plans": others}}
+    llm = LLM(str(folder), **settings)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+@dataclass
+class Ask:
+    """A request: pictures, words between them, words at the end, and a plan (None: the engine's default)."""
+
+    seed: int
+    images: int
+    plan: str | None = None
+    words: int = 2
+    tail: int = 3
+    tokens: int = 5
+    prompt_logprobs: int | None = None
+    place: str = "<image>"
+    sizes: tuple[tuple[int, int], ...] = ((96, 96),)
+
+    @property
+    def pictures(self) -> list[Image.Image]:
+        return [picture(10 * self.seed + i, *self.sizes[i % len(self.sizes)]) for i in range(self.images)]
+
+    @property
+    def prompt(self) -> dict:
+        parts = [f"{self.place} {text(self.seed + i, self.words)}" for i in range(self.images)]
+        words = f"user: {' '.join(parts)} {text(self.seed + 9, self.tail)} assistant:"
+        return {"prompt": words} | ({"multi_modal_data": {"image": self.pictures}} if self.images else {})
+
+    @property
+    def params(self):
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            max_tokens=self.tokens, temperature=0, logprobs=60, prompt_logprobs=self.prompt_logprobs, ignore_eos=True,
+            extra_args={"vis_sparse_plan": self.plan} if self.plan else None,
+        )  # fmt: skip
+
+
+def answers(llm, asks: list[Ask]) -> list:
+    return llm.generate([ask.prompt for ask in asks], [ask.params for ask in asks], use_tqdm=False)
+
+
+def worst(llm, asks: list[Ask], against: Reference, plans: Path) -> tuple[float, list]:
+    """The greatest distance from the reference, and the outputs. All requests are answered, each to its end."""
+    outputs, files = answers(llm, asks), plan_files(plans)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [ask.tokens for ask in asks]
+    found = [
+        farthest(output, ask.pictures, against.plan(ask.plan or DEFAULT, files), against)
+        for output, ask in zip(outputs, asks)
+    ]
+    return max(found), outputs

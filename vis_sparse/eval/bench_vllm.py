@@ -1,0 +1,162 @@
+"""vLLM dense and under a plan, in turns: vLLM's own bench client against two servers on the same checkpoint.
+
+Only one server has work at a time; the other waits. The dense one is vLLM without this plug-in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+SIDE, BLOCK = 192, 32  # 576 visual tokens, as LLaVA-1.5 has, in whole blocks
+
+
+class EngineError(RuntimeError):
+    """vLLM is not installed, or a server or client ended with an error."""
+
+
+def bench_vllm(
+    plan: str,
+    folder: Path | None = None,
+    *,
+    width: int = 1024,
+    layers: int = 8,
+    text_tokens: int = 64,
+    new_tokens: int = 64,
+    concurrency: tuple[int, ...] = (1, 4, 16),
+    requests: int = 16,
+    repeats: int = 3,
+    image_size: tuple[int, int] = (SIDE, SIDE),
+    dtype: str = "float32",
+    on_turn: Callable[[int, int], None] = lambda done, all_turns: None,
+) -> list[dict]:
+    """One result for each concurrency: medians over `repeats` rounds, and the plan's ratio to dense, paired by round.
+
+    folder: a checkpoint; None: a random LLaVA of `width` and `layers`. requests: a round's, for each concurrency at
+    least as many. image_size: (height, width) in pixels. Raises EngineError.
+    """
+    if find_spec("vllm") is None:
+        raise EngineError("vllm is not installed: `make setup-vllm`, or pip install what docs/serving.md says")
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as servers:
+        if folder is None:
+            from .random_checkpoint import random_llava  # brings the data of the demo extra
+
+            sizes = dict(hidden_size=width, intermediate_size=width * 11 // 4, num_attention_heads=width // 64)
+            sizes |= dict(num_key_value_heads=width // 64, head_dim=64, num_hidden_layers=layers)
+            folder = random_llava(Path(scratch) / "llava", side=SIDE, **sizes)
+        most = max(concurrency)
+        ports = {
+            name: servers.enter_context(_server(folder, block, dtype, most, Path(scratch) / f"{name}.log"))
+            for name, block in (("dense", None), (plan, {"plan": plan}))
+        }
+        results, turns, done = [], len(concurrency) * (repeats + 1) * 2, 0
+        for users in concurrency:
+            rounds: dict[str, list[dict]] = {name: [] for name in ports}
+            for turn in range(repeats + 1):  # the first one warms up
+                for name, port in ports.items():
+                    count = max(requests, users) if turn else users
+                    found = _client(port, folder, users, count, text_tokens, new_tokens, image_size, Path(scratch))
+                    if turn:
+                        rounds[name].append(found)
+                    done += 1
+                    on_turn(done, turns)
+            results.append(_summary(plan, users, rounds, folder.name, text_tokens, new_tokens, max(requests, users)))
+        return results
+
+
+def _summary(plan, users, rounds, model, text_tokens, new_tokens, requests) -> dict:
+    def median(name, key):
+        return statistics.median(each[key] for each in rounds[name])
+
+    def ratio(key):
+        return statistics.median(b[key] / a[key] for a, b in zip(rounds["dense"], rounds[plan]))
+
+    keys = ("ttft_ms", "tpot_ms", "tokens_per_s")
+    return {
+        "plan": plan, "model": model, "concurrency": users, "requests": requests, "repeats": len(rounds[plan]),
+        "text_tokens": text_tokens, "new_tokens": new_tokens,
+        **{f"dense_{key}": median("dense", key) for key in keys},
+        **{f"plan_{key}": median(plan, key) for key in keys},
+        **{f"ratio_{key}": ratio(key) for key in keys},
+    }  # fmt: skip
+
+
+@contextmanager
+def _server(folder: Path, block: dict | None, dtype: str, users: int, log: Path) -> Iterator[int]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--host", "127.0.0.1",
+        "--port", str(port), "--dtype", dtype, "--served-model-name", "model", "--max-num-seqs", str(users),
+        "--block-size", str(BLOCK), "--no-enable-prefix-caching", "--max-model-len", "2048",
+    ]  # fmt: skip
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    if block is None:
+        environment["VLLM_PLUGINS"] = ""
+    else:
+        command += ["--additional-config", json.dumps({"vis_sparse": block})]
+    with open(log, "w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+    try:
+        while not _answers(port):
+            if process.poll() is not None:
+                raise EngineError(f"vllm serve ended with {process.returncode}: {_last_error(log)}")
+            time.sleep(1)
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _answers(port: int) -> bool:
+    try:
+        return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
+    except OSError:
+        return False
+
+
+def _last_error(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if re.search(r"\w+Error: ", line)]
+    return lines[-1][-300:] if lines else "see its log"
+
+
+def _client(port, folder, users, requests, text_tokens, new_tokens, image_size, scratch: Path) -> dict:
+    height, width = image_size
+    result = scratch / "result.json"
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai-chat",
+        "--endpoint", "/v1/chat/completions", "--port", str(port), "--model", "model", "--tokenizer", str(folder),
+        "--dataset-name", "random-mm", "--num-prompts", str(requests), "--max-concurrency", str(users),
+        "--random-input-len", str(text_tokens), "--random-output-len", str(new_tokens), "--ignore-eos",
+        "--random-mm-base-items-per-request", "1", "--random-mm-num-mm-items-range-ratio", "0",
+        "--random-mm-limit-mm-per-prompt", '{"image": 1, "video": 0}',
+        "--random-mm-bucket-config", f"{{({height}, {width}, 1): 1.0}}",
+        "--disable-tqdm", "--save-result", "--result-dir", str(scratch), "--result-filename", result.name,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        raise EngineError(
+            f"vllm bench serve ended with {done.returncode}: {done.stderr.strip().splitlines()[-1][:300]}"
+        )
+    found = json.loads(result.read_text())
+    if found["completed"] != requests:
+        raise EngineError(f"vllm bench serve: got {found['completed']} answers, expected {requests}")
+    return {
+        "ttft_ms": found["median_ttft_ms"],
+        "tpot_ms": found["median_tpot_ms"],
+        "tokens_per_s": found["output_throughput"],
+    }
