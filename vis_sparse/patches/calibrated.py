@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..executor.lanes import Decoder
+from ..executor.decoder import Decoder
 from ..plans.atomic_write import is_file
 from ..plans.layer_plan import PlanError, brief
 from ..plans.scores import Calibration, origin
