@@ -1,14 +1,12 @@
 """An operation saved is an operation never dispatched: what a patched model dispatches, and the FLOPs it executes."""
 
-from collections import Counter
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import vis_sparse
+from vis_sparse.eval.launches import Launches
 from vis_sparse.layout.layout import VisualLayout
 from vis_sparse.plans.budgets import resolve_heads
 from vis_sparse.plans.layer_plan import LayerPlan, Neighborhood, TokenBudget
@@ -34,24 +32,6 @@ every_text = pytest.mark.parametrize("text", slow_but(["llama-gqa"], ["llama", "
 every_batch = pytest.mark.parametrize("samples", BATCHES.values(), ids=BATCHES)
 
 
-class Counted(TorchDispatchMode):
-    """Operations dispatched: `ops` do work, `views` only look at a tensor in another way."""
-
-    def __init__(self):
-        super().__init__()
-        self.ops, self.views = Counter(), Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        is_view = func.is_view or func in (torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default)
-        (self.views if is_view else self.ops)[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-    def totals(self) -> tuple[int, int]:
-        """(without views, with views)"""
-        ops, views = sum(self.ops.values()), sum(self.views.values())
-        return ops, ops + views
-
-
 def call_of(batch) -> dict:
     call = batch.by_ids()
     # as `generate` calls: no mask if nothing is padded
@@ -65,7 +45,7 @@ def prefill_counts(text, samples, layers: int, plan=None) -> tuple[int, int]:
     if plan is not None:
         vis_sparse.patch(model, plan)
     model(**call_of(batch))  # weights are cut and tables made in the first call
-    with Counted() as counted:
+    with Launches() as counted:
         model(**call_of(batch))
     return counted.totals()
 
@@ -118,7 +98,7 @@ def test_decode_step(text, samples, kind, record_property):
         cache = model(**call_of(batch), use_cache=True).past_key_values
         for end in range(batch.length + 1, longer.length + 1):
             mask = None if batch.attention_mask.all() else longer.attention_mask[:, :end]
-            with Counted() as counted:
+            with Launches() as counted:
                 model(
                     input_ids=longer.input_ids[:, end - 1 : end],
                     attention_mask=mask,

@@ -113,7 +113,7 @@ def test_no_change_of_weights_is_missed(change):
 def test_copies_are_made_once_while_weights_stay():
     model = vis_sparse.patch(make_model(), SCATTERED)
     batch, made = make_batch(model, [(3, IMAGE, 4)]), []
-    cuts = [cut for lane in _executor(model).layers for cut in lane.cuts if cut.copies]
+    cuts = [cut for lane in _executor(model).layers for cut in lane.cuts.values() if cut.copies]
     assert cuts
     _executor(model).kept_cuts.forget()
     keep = CutLinear.keep

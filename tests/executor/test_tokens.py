@@ -10,6 +10,7 @@ import torch
 import vis_sparse
 from vis_sparse.calibration.probe import Probe
 from vis_sparse.calibration.profiles import Target
+from vis_sparse.eval.launches import Launches
 from vis_sparse.executor.token_scores import on_host
 from vis_sparse.executor.tokens import choose
 from vis_sparse.layout.layout import LayoutError, VisualLayout
@@ -34,7 +35,7 @@ from ..models import (
     text_inputs,
 )
 from .test_cache import select
-from .test_dispatch import Counted, call_of
+from .test_dispatch import call_of
 from .test_parity import SCENARIOS, check, every_backend, every_text, one_fast_text, unpatched
 
 NEAR = Neighborhood(1, "both")
@@ -259,13 +260,13 @@ def test_two_turns(second):
 # What it costs.
 
 
-def dispatched(plan, samples) -> Counted:
+def dispatched(plan, samples) -> Launches:
     model = make_model("llama", dtype=torch.float32, num_hidden_layers=6)
     batch = make_batch(model, samples)
     vis_sparse.patch(model, plan)
     with torch.no_grad():
         model(**call_of(batch))
-        with Counted() as counted:
+        with Launches() as counted:
             model(**call_of(batch))
     return counted
 

@@ -3,6 +3,7 @@
 from .mutant import dropping, mutants, oracle
 
 CACHE, CALL = "executor/cache.py", "executor/call.py"
+STEPS = "executor/steps.py"
 KEPT_CALLS, KEPT_CUTS = "executor/kept_calls.py", "executor/kept_cuts.py"
 
 MUTANTS = mutants((
@@ -21,8 +22,8 @@ MUTANTS = mutants((
     ),
     (
         "segments of earlier calls keep their identity", CACHE,
-        "earlier = self.slots._replace(segment=np.where(self.slots.is_visual, np.iinfo(np.int64).max, -1))",
-        "earlier = self.slots",
+        "earlier = earlier._replace(segment=np.where(earlier.is_visual, np.iinfo(np.int64).max, -1))",
+        "pass",
         *oracle("chunks", "grid-chunks"),
     ),
     (
@@ -45,8 +46,8 @@ MUTANTS = mutants((
     ),
     (
         "stores grown in place while only queries train", CACHE,
-        "return not torch.is_grad_enabled() and not any(",
-        "return not any(",
+        "            torch.is_grad_enabled()\n            or self.buffer.requires_grad",
+        "            self.buffer.requires_grad",
         "patches/test_wraps.py::test_backward_through_a_cache",
     ),
     (
@@ -69,8 +70,8 @@ MUTANTS = mutants((
     ),
     (
         "bytes of the whole buffers", CACHE,
-        "sum(t.numel() * t.element_size() for t in self.tensors)",
-        "sum(t.numel() * t.element_size() for t in self.buffers)",
+        "self.used.numel() * self.buffer.element_size()",
+        "self.buffer.numel() * self.buffer.element_size()",
         "executor/test_cache_layers.py::test_bytes_are_those_of_the_slots_in_use",
     ),
     (
@@ -79,6 +80,38 @@ MUTANTS = mutants((
         "        self.seen, self.rest = Store(), Store()",
         "            self.book.__init__(len(self.book.slots.sample), self.book.plan)",
         "executor/test_cache.py::test_reset",
+    ),
+    # Decode steps
+    (
+        "steps read what is masked later", STEPS,
+        "mask.gather(1, columns.expand(self.batch, -1)) for",
+        "torch.ones_like(columns, dtype=torch.bool) for",
+        "executor/test_steps.py::test_steps_are_the_unpatched_models[ragged]",
+    ),
+    (
+        "steps read the prompt's padding", STEPS,
+        "if not self.is_whole:\n            valid",
+        "if False:\n            valid",
+        "executor/test_steps.py::test_padding_stays_unread_without_a_mask",
+    ),
+    (
+        "tables of steps stay in the old order", STEPS,
+        "[table.index_select(0, samples) for table in tables]",
+        "[table.index_select(0, samples.sort().values) for table in tables]",
+        "executor/test_cache.py::test_grow_after_each",
+        "executor/test_steps.py::test_reordered_between_steps",
+    ),
+    (
+        "no room is made", STEPS,
+        "        if self.length > self.end:\n",
+        "        if False:\n",
+        "executor/test_steps.py::test_more_steps_than_there_was_room_for",
+    ),
+    (
+        "blind heads read visual keys in steps", "kernels/patterns.py",
+        "            seen = ~hidden\n",
+        "            seen = torch.ones_like(hidden)\n",
+        *oracle("one"),
     ),
     # A call's tables
     (

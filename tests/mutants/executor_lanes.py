@@ -3,7 +3,9 @@
 from .mutant import dropping, mutants, oracle
 
 LANES, HEADS = "executor/lanes.py", "executor/head_map.py"
+LAYER, ROWS = "executor/layer.py", "executor/rows.py"
 SCORES, TOKENS = "executor/token_scores.py", "executor/tokens.py"
+BOUND = "executor/bound.py"
 INTERNALS, WEIGHTS = "executor/transformers_internals.py", "executor/weights.py"
 
 MUTANTS = mutants((
@@ -27,15 +29,15 @@ MUTANTS = mutants((
         *oracle("one", "left"),
     ),
     (
-        "windows ignored where all heads are kept", LANES,
+        "windows ignored where all heads are kept", LAYER,
         '            and work.attention == "full"\n',
         "",
         "executor/test_parity.py::test_shipped_plan_is_the_oracle[yopo-25-exclude-torch]",
         *dropping("near", "one"),
     ),
     (
-        "text sees visual rows in layers that do not read them", LANES,
-        "            and self.heads.blind is None\n",
+        "text sees visual rows in layers that do not read them", LAYER,
+        "            and heads.blind is None\n",
         "",
         *dropping("unread between", "one"),
     ),
@@ -46,38 +48,38 @@ MUTANTS = mutants((
         *oracle("one"),
     ),
     (
-        "layers that only read visual keys do not use them", LANES,
+        "layers that only read visual keys do not use them", LAYER,
         "return bool(self.work.key_heads) or self.work.updates",
         "return self.work.updates",
         *oracle("one", "left"),
     ),
     (
-        "visual rows turned by the text's positions", LANES,
-        "rotate(y, cos[num_text:], sin[num_text:])",
-        "rotate(y, cos[: len(y)], sin[: len(y)])",
+        "visual rows turned by the text's positions", LAYER,
+        "(cos[num_text:], sin[num_text:]))",
+        "(cos[: len(cos) - num_text], sin[: len(sin) - num_text]))",
         "executor/test_parity.py::test_random_plan_is_the_oracle[llama-gqa-frames-exclude-torch]",
         *oracle("one"),
     ),
     (
-        "forgotten keys joined in another order", LANES,
-        "torch.cat([*past, new_visual[name], self.visual_units(new_text[name], 2)], 1)",
-        "torch.cat([*past, self.visual_units(new_text[name], 2), new_visual[name]], 1)",
+        "forgotten keys joined in another order", LAYER,
+        "torch.cat([*past, visual, self.visual_units(text, 2)], 1)",
+        "torch.cat([*past, self.visual_units(text, 2), visual], 1)",
         "executor/test_call_tables.py::test_layers_that_store_visual_keys_and_layers_that_do_not",
     ),
     (
-        "values of heads that are cut count", LANES,
-        "            if heads.zeroed:\n                values =",
-        "            if False:\n                values =",
+        "values of heads that are cut count", LAYER,
+        "        if self.zeroed:\n            visual_kv =",
+        "        if False:\n            visual_kv =",
         *oracle("one"),
     ),
     (
-        "an FFN without neurons adds its bias", LANES,
-        "cut = has_visual and self.has_ffn and not self.whole_ffn",
-        "cut = has_visual and not self.whole_ffn",
+        "an FFN without neurons adds its bias", LAYER,
+        "self.cuts_ffn = len(neurons) > 0 and not self.whole_ffn",
+        "self.cuts_ffn = not self.whole_ffn",
         "executor/test_call_tables.py::test_an_ffn_without_neurons_adds_nothing",
     ),
     (
-        "heads that do not read rank too", LANES,
+        "heads that do not read rank too", LAYER,
         "if heads.blind is not None:\n            readers =",
         "if False:\n            readers =",
         "executor/test_tokens_kept.py::test_heads_that_read_no_visual_token_give_it_nothing",
@@ -91,8 +93,8 @@ MUTANTS = mutants((
     ),
     (
         "cached text is not expanded", LANES,
-        "pair = [t.transpose(1, 2).repeat_interleave(lane.heads.expand, dim=2) for t in (key, value)]",
-        "pair = [t.transpose(1, 2).repeat(1, 1, lane.heads.expand, 1) for t in (key, value)]",
+        "transpose(1, 2).repeat_interleave(lane.heads.expand, dim=2)",
+        "transpose(1, 2).repeat(1, 1, lane.heads.expand, 1)",
         *oracle("chunks", "left-chunks", "adjacent-chunks"),
     ),
     (
@@ -121,11 +123,48 @@ MUTANTS = mutants((
         "executor/test_training.py::test_checkpointing_with_frozen_inputs",
     ),
     (
-        "rows added in place under gradients", LANES,
+        "rows added in place under gradients", ROWS,
         "if not (x.requires_grad or delta.requires_grad):",
         "if True:",
         "executor/test_checkpointing.py::test_same_gradients_from_layers_run_twice",
         "executor/test_tokens.py::test_gradients[fastv]",
+    ),
+    (
+        "products and rotations written over recorded ones", LANES,
+        "in_place = not (recording or",
+        "in_place = not (",
+        "executor/test_training.py",
+    ),
+    # Modules as they are bound
+    (
+        "replaced modules not noticed", BOUND,
+        "all(map(is_, map(dict.get, self._owners, self._names), self._found))\n            and ",
+        "",
+        "executor/test_bound.py::test_a_change_is_noticed[replaced]",
+    ),
+    (
+        "classes not compared", BOUND,
+        "all(map(is_, map(type, self._modules), self._types))\n            and ",
+        "",
+        "executor/test_bound.py::test_a_change_is_noticed[class]",
+    ),
+    (
+        "hooks not compared", BOUND,
+        "list(map(bool, self._hooks)) == self._heard\n            and ",
+        "",
+        "executor/test_bound.py::test_a_change_is_noticed[hook]",
+    ),
+    (
+        "own functions not compared", BOUND,
+        "self._with_own_functions() == self._replaced\n            and ",
+        "",
+        "executor/test_bound.py::test_a_change_is_noticed[forward]",
+    ),
+    (
+        "kinds of weights not compared", BOUND,
+        "            and self._kinds_of_weights() == self._kinds\n",
+        "",
+        "executor/test_bound.py::test_a_change_is_noticed[weight]",
     ),
     # Which tokens stay
     (
@@ -203,20 +242,20 @@ MUTANTS = mutants((
     ),
     (
         "any cache is taken", INTERNALS,
-        "return isinstance(cache, DynamicCache) and plain and",
-        "return isinstance(cache, DynamicCache) and",
+        "return holds and plain and",
+        "return holds and",
         "patches/test_caches.py::test_caches_with_other_layers",
     ),
     # Weights
     (
         "is_plain ignores hooks", WEIGHTS,
-        '        and not held["_forward_hooks"]\n        and not held["_forward_pre_hooks"]\n',
+        'held["_forward_hooks"]\n        or held["_forward_pre_hooks"]\n        or ',
         "",
         "executor/test_kept_cuts.py::test_hooks_on_projections_run",
     ),
     (
         "is_plain ignores replaced forwards", WEIGHTS,
-        '        and "_hf_hook" not in held\n        and "forward" not in held\n',
+        '        or "_hf_hook" in held\n        or "forward" in held\n',
         "",
         "executor/test_weights_seen.py::test_a_replaced_forward_is_called",
     ),
@@ -228,8 +267,8 @@ MUTANTS = mutants((
     ),
     (
         "biases of cut outputs lost", WEIGHTS,
-        "return select(module.weight, 1, self._columns), module.bias",
-        "return select(module.weight, 1, self._columns), None",
+        "return self._columns(weight, 1), bias",
+        "return self._columns(weight, 1), None",
         "executor/test_parity.py::test_random_plan_is_the_oracle[llama-bias-one-exclude-torch]",
         "executor/test_parity.py::test_random_plan_is_the_oracle[llama-bias-left-zero-torch]",
     ),

@@ -62,14 +62,14 @@ MUTANTS = mutants((
     ),
     (
         "tables of another length", STATE,
-        "key = None if past else (name, layout, length, device, *asked)",
-        "key = None if past else (name, layout, device, *asked)",
+        "key = None if past else (name, layout, length, device, *tables)",
+        "key = None if past else (name, layout, device, *tables)",
         "patches/test_state.py::test_tables_are_those_of_the_length",
     ),
     (
         "tables of chunks kept as those of first calls", STATE,
-        "key = None if past else (name, layout, length, device, *asked)",
-        "key = (name, layout, length, device, *asked)",
+        "key = None if past else (name, layout, length, device, *tables)",
+        "key = (name, layout, length, device, *tables)",
         *oracle("chunks", "decode"),
     ),
     (
@@ -91,9 +91,9 @@ MUTANTS = mutants((
         "patches/test_state.py::test_positions_go_on_where_the_cache_ends",
     ),
     (
-        "M-RoPE's planes shifted", STATE,
-        "position_ids = position_ids[-3:]",
-        "position_ids = position_ids[:3]",
+        "M-RoPE's planes shifted", "patches/arguments.py",
+        "return position_ids[-3:]",
+        "return position_ids[:3]",
         *dense("Qwen2VL-greedy", "Qwen3VL-greedy", "Qwen2.5VL-greedy"),
     ),
     (
@@ -109,14 +109,14 @@ MUTANTS = mutants((
         "executor/test_kept_cuts.py::test_old_storages_are_released",
     ),
     (
-        "replaced layers ignored", STATE,
+        "replaced layers ignored", WRAPS,
         "if now != then:",
         "if False:",
         "patches/test_arguments.py::test_refused_changes[replace_attention]",
     ),
     (
-        "layers taken away ignored", STATE,
-        "for number in (len(self.text_model.layers), self.text_model.config.num_hidden_layers):",
+        "layers taken away ignored", WRAPS,
+        "for number in (len(text_model.layers), text_model.config.num_hidden_layers):",
         "for number in ():",
         "patches/test_arguments.py::test_refused_changes[shorten]",
     ),
@@ -274,7 +274,7 @@ MUTANTS = mutants((
     ),
     (
         "copies over threads made", STATE,
-        '        self._replace(self.text_model, "_replicate_for_data_parallel", _refuse_replicas)\n',
+        '        self._replace(self.text_model, "_replicate_for_data_parallel", refuse_replicas)\n',
         "",
         "patches/test_wraps.py::test_copies_over_threads_are_refused",
     ),

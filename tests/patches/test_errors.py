@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import vis_sparse
 from vis_sparse import HeadBudget, LayerPlan, LayoutError, PatchError, PlanError, VisualLayout, VisualPlan
@@ -193,29 +193,6 @@ def test_output_attentions(patched):
         patched,
         lambda batch: refuses(
             PatchError, ["output_attentions", "unpatch"], lambda: patched(**batch.by_ids(), output_attentions=True)
-        ),
-    )
-
-
-def test_static_cache(patched):
-    config = patched.config.text_config
-    check_works_after(
-        patched,
-        lambda batch: refuses(
-            PatchError,
-            ["StaticCache", "DynamicCache"],
-            lambda: patched(**batch.by_ids(), past_key_values=StaticCache(config=config, max_cache_len=64)),
-        ),
-    )
-
-
-def test_generate_with_a_static_cache(patched):
-    check_works_after(
-        patched,
-        lambda batch: refuses(
-            PatchError,
-            ["StaticCache", "DynamicCache"],
-            lambda: patched.generate(**batch.to_generate(), max_new_tokens=2, cache_implementation="static"),
         ),
     )
 

@@ -5,8 +5,8 @@ import torch
 from transformers import GenerationMixin
 
 import vis_sparse
+from vis_sparse.eval.launches import Launches
 
-from ..executor.test_dispatch import Counted
 from ..models import random_plan
 from .cases import CASES
 from .parity import dense_errors, model_of, oracle_error
@@ -81,7 +81,7 @@ def test_text_only_dispatches_what_the_unpatched_model_does(case):
     inputs = make_request(case, SCENARIOS["no image"], torch.float32).inputs
 
     def dispatched():
-        with Counted() as counted:
+        with Launches() as counted:
             prefill = model(**inputs, use_cache=True)
             model(input_ids=inputs["input_ids"][:, -1:], past_key_values=prefill.past_key_values)
         return counted.ops, counted.views

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..executor.cache import Book
+from ..executor.cache import Book, Store
 from ..executor.call import Call
 from ..executor.kept_cuts import KeptCuts
-from ..executor.lanes import LaneExecutor, LaneLayer
+from ..executor.lanes import LaneExecutor
+from ..executor.layer import Angles, LaneLayer
 from ..kernels import get_backend
 from ..layout.layout import VisualLayout
 from ..layout.packing import pack
@@ -131,9 +132,11 @@ class Probe:
         """One run of a layer that computes `work`, on the first batch."""
         decoder, batch = self.target.decoder, self._batches[0]
         layer = LaneLayer(decoder.layers[0], work, decoder, False, self.backend)
-        KeptCuts(layer.cuts).refresh()
+        KeptCuts(layer.cuts.values()).refresh()
         x, cos, sin = batch.call.split(batch.states[0], batch.cos, batch.sin)
-        return lambda: layer(x.clone(), batch.call, cos, sin)
+        angles, parts = Angles.of(cos, sin, batch.call.num_text), layer.bound()
+        in_place = not torch.is_grad_enabled()
+        return lambda: layer(x.clone(), batch.call, angles, parts, (Store(), Store()), in_place)
 
     def first_change(self, plan: VisualPlan) -> int:
         """The first layer that computes something else than under the current plan; the number of layers if none."""

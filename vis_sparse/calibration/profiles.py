@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..executor.lanes import Decoder
+from ..executor.decoder import Decoder
 from ..layout.layout import VisualLayout
 from ..patches import family_of, inspect
 from ..patches.decoder import read_decoder

@@ -10,7 +10,7 @@ import typer
 from ..eval.bench import DTYPES, bench, bench_train, compare
 from ..eval.bench_vllm import EngineError, bench_vllm
 from ..eval.progress import progress
-from ..eval.tables import draw_bench, draw_peers, draw_served, draw_train
+from ..eval.tables import draw_bench, draw_host, draw_peers, draw_served, draw_train
 from .checks import count, one_of, torch_device
 from .flops import pixels
 from .options import CalibrationOption, JsonOption, ModelOption, emit
@@ -19,7 +19,12 @@ from .options import CalibrationOption, JsonOption, ModelOption, emit
 def bench_command(
     context: typer.Context,
     model: ModelOption = "llava-1.5-7b",
-    layers: Annotated[int, typer.Option(min=1, help="Decoder layers to build.", callback=count)] = 8,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Decoder layers to build.", callback=count, show_default="8; with --host, the model's"
+        ),
+    ] = None,
     plan: Annotated[str, typer.Option("--plan", metavar="A,B,...", help="Plans (names or files).")] = "yopo-12",
     batch: Annotated[int, typer.Option(min=1, help="Samples.", callback=count)] = 1,
     text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of a sample.", callback=count)] = 64,
@@ -41,6 +46,12 @@ def bench_command(
     engine: Annotated[
         str, typer.Option(help="transformers, or vllm: two servers on a random LLaVA (or a folder), vLLM's own client.")
     ] = "transformers",
+    host: Annotated[
+        bool, typer.Option("--host", help="The host's time and launches of calls of a narrow model, instead.")
+    ] = False,
+    scattered: Annotated[
+        bool, typer.Option("--scattered", help="With --host: head budgets cut through KV groups.")
+    ] = False,
     calibration: CalibrationOption = None,
     json_file: JsonOption = None,
 ) -> None:
@@ -74,6 +85,17 @@ def bench_command(
         return
     if with_peers and calibration is not None:
         raise typer.BadParameter("got a file beside --peers, expected none", param_hint="--calibration")
+    if scattered and not host:
+        raise typer.BadParameter("got it without --host, expected both", param_hint="--scattered")
+    if host:
+        from ..eval.bench_host import bench_host
+
+        settings = {"layers": layers, "batch": batch, "repeats": repeats, "scattered": scattered}
+        with progress("timing in turns") as on_turn:
+            results = bench_host(model, names, calibration=calibration, on_turn=on_turn, **settings)
+        emit(results, json_file, lambda console: draw_host(console, results))
+        return
+    layers = 8 if layers is None else layers
     if with_peers:
         place = {"dtype": dtype, "device": device, "repeats": repeats}
         with progress("timing in turns") as on_turn:

@@ -16,8 +16,11 @@ VOCABULARY = 8  # embeddings and LM head take no part in the timed work, and wou
 WEIGHT_RANGE = 0.035  # uniform, with the standard deviation (0.02) that the models start their training with
 
 
-def random_model(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> LlavaForConditionalGeneration:
-    """`LlavaForConditionalGeneration` with the decoder of `shape`, and a vision tower that is only there to load.
+def random_model(
+    shape: ModelShape, dtype: torch.dtype, device: torch.device, side: int = 2
+) -> LlavaForConditionalGeneration:
+    """`LlavaForConditionalGeneration` with the decoder of `shape`, and a vision tower that is only there to load: its
+    images become grids of side x side tokens.
 
     The text model is transformers' Llama, or Qwen2 where the shape has biases on Q, K and V.
     """
@@ -28,9 +31,14 @@ def random_model(shape: ModelShape, dtype: torch.dtype, device: torch.device) ->
         pad_token_id=0,
     )
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, image_size=28, patch_size=14
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=14 * side,
+        patch_size=14,
     )
-    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=1, image_seq_length=4)
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=1, image_seq_length=side**2)
     config.dtype = dtype
     with device, no_init_weights():
         model = LlavaForConditionalGeneration._from_config(config, dtype=dtype).eval()

@@ -100,6 +100,32 @@ def draw_train(console: Console, results: list[dict]) -> None:
     )
 
 
+def draw_host(console: Console, results: list[dict]) -> None:
+    """Prefill and decode step from the objects of `bench_host`."""
+    first = results[0]
+    console.print(
+        f"{first['model']}, {first['layers']} narrow layers, {first['heads']} heads on {first['kv_heads']} KV heads"
+        f"{', budgets through groups' if first['scattered'] else ''}, batch {first['batch']}, "
+        f"{first['visual_tokens']} visual + {first['text_tokens']} text tokens a sample"
+    )
+    for phase, title in (("prefill", "\nPrefill"), ("decode", "\nDecode step")):
+        headings = ("plan", "host time", "range", "of unpatched", "before / in / after", "launches", "of unpatched")
+        table = tight_table(*headings[:-1], "", left=("plan",), title=title)
+        for row in results:
+            own = row[phase]
+            parts = " / ".join(f"{1e3 * value:.2f}" for value in own["parts"].values())
+            launches = f"{own['launches']:,}", f"{own['launches_ratio']:.2f}"
+            table.add_row(row["plan"], seconds(own["s"]), span(own["spread"]), f"{own['ratio']:.2f}", parts, *launches)
+        console.print(table)
+    console.print(
+        f"\nhost time: process time of a call, median of {first['repeats']} rounds in turns. of unpatched: paired. "
+        "before / in / after: the decoder layers, ms. launches: operations without views, and of unpatched.\n"
+        + measured_on(first),
+        style="bright_black",
+        highlight=False,
+    )
+
+
 def draw_peers(console: Console, results: list[dict]) -> None:
     """Rows of `peers`: times and bytes, or why something did not run."""
     first = results[0]

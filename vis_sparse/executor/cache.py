@@ -12,28 +12,75 @@ import torch
 
 from ..layout.packing import Coordinates, text_coordinates
 from ..plans.plan import VisualPlan
+from .steps import FixedSteps, Step, Steps
 from .transformers_internals import LaneLayerBase
 
 
 class Book:
     """Which token lies in which slot: coordinates of (batch, slots), in the order in which calls appended them.
 
-    plan: the plan under which the cache is filled; another one stores other heads.
+    plan: the plan under which the cache is filled; another one stores other heads. Decode steps have tables of their
+    own on the device (`Steps`); what they and beams did is entered here when somebody asks.
     """
 
     def __init__(self, batch: int, plan: VisualPlan):
         self.plan = plan
         empty = np.zeros((batch, 0), dtype=np.int64)
-        self.slots = text_coordinates(empty, empty, empty.astype(bool))
+        self._slots = text_coordinates(empty, empty, empty.astype(bool))
         self.length = 0  # columns of the sequence, padding and visual tokens included
         self.is_uniform = True  # no padding, and all samples hold the same columns
+        self._steps: Steps | None = None
+        self.fixed: FixedSteps | None = None  # while steps are the same for every length
+        # what is not entered yet: steps as (column, which samples are not padding or None for all), and samples kept
+        self._pending: list[tuple[int, torch.Tensor | None] | torch.Tensor] = []
+
+    @property
+    def slots(self) -> Coordinates:
+        pending, self._pending = self._pending, []
+        for entry in pending:
+            if isinstance(entry, torch.Tensor):
+                self._enter_selection(entry)
+            else:
+                self._enter_step(*entry)
+        return self._slots
 
     def append(self, slots: Coordinates, length: int) -> None:
-        """Add a call's slots; segments of earlier calls keep no identity (only "full" attention reads them)."""
-        earlier = self.slots._replace(segment=np.where(self.slots.is_visual, np.iinfo(np.int64).max, -1))
-        self.slots = Coordinates(*(np.concatenate([a, b], axis=1) for a, b in zip(earlier, slots)))
+        """Add a call's slots."""
+        self._append(self.slots, slots)
         self.length += length
+        self._steps = None
+
+    def _append(self, earlier: Coordinates, slots: Coordinates) -> None:
+        # segments of earlier calls keep no identity (only "full" attention reads them)
+        earlier = earlier._replace(segment=np.where(earlier.is_visual, np.iinfo(np.int64).max, -1))
+        self._slots = Coordinates(*(np.concatenate([a, b], axis=1) for a, b in zip(earlier, slots)))
         self.is_uniform &= bool(slots.valid.all() and (slots.column == slots.column[:1]).all())
+
+    def step(self, mask: torch.Tensor | None, device: torch.device) -> Step:
+        """The tables of a decode step, whose slot is added. mask: (batch, columns with the step's own), or None."""
+        if self._steps is None or self._steps.device != device:
+            self._steps = Steps(self.slots, self.length, device)
+        step = self._steps.next(mask)
+        own = None if step.is_unmasked else mask[:, -1].clone()
+        self._pending.append((self.length, own))
+        self.length += 1
+        return step
+
+    def _enter_step(self, column: int, real: torch.Tensor | None) -> None:
+        sample = np.arange(len(self._slots.sample))[:, None]
+        valid = np.ones(sample.shape, dtype=bool) if real is None else real.bool().cpu().numpy()[:, None]
+        self._append(self._slots, text_coordinates(sample, np.full_like(sample, column), valid))
+
+    def fix(self, capacity: int, device: torch.device) -> None:
+        """From here on only decode steps come, up to `capacity` columns, until `thaw`."""
+        self.fixed = FixedSteps(self.slots, self.length, device, capacity)
+
+    def thaw(self) -> None:
+        """Enter the steps that were made since `fix`, as text of all samples: the one look at the device."""
+        end, self.fixed = int(self.fixed.column), None
+        for column in range(self.length, end):
+            self._pending.append((column, None))
+        self.length, self._steps = end, None
 
     @property
     def is_visual(self) -> np.ndarray:
@@ -46,20 +93,29 @@ class Book:
 
     def select(self, samples: torch.Tensor) -> None:
         """Keep the given samples, in that order (samples may repeat)."""
+        self._pending.append(samples)
+        if self.fixed is not None:
+            self.fixed.select(samples.to(self.fixed.device))
+        if self._steps is not None:
+            self._steps.select(samples)
+
+    def _enter_selection(self, samples: torch.Tensor) -> None:
         # equal samples need no look at the indices, which may lie on a device
         chosen = np.zeros(len(samples), dtype=np.int64) if self.is_uniform else samples.cpu().numpy()
-        taken = self.slots.take(chosen)
+        taken = self._slots.take(chosen)
         batch = np.broadcast_to(np.arange(len(chosen))[:, None], taken.sample.shape)
-        self.slots = taken._replace(sample=batch)
+        self._slots = taken._replace(sample=batch)
 
     def crop(self, removed: int) -> None:
         """Forget the last `removed` columns; `stored` tells what remains."""
+        slots = self.slots
         self.length -= removed
-        valid = self.slots.valid & (self.slots.column < self.length)
+        valid = slots.valid & (slots.column < self.length)
         kept = valid.any(0).nonzero()[0].max(initial=-1) + 1
-        column = np.where(valid, self.slots.column, 0)
-        self.slots = self.slots._replace(valid=valid, column=column).take(np.s_[:, :kept])
-        self.is_uniform &= bool(self.slots.valid.all())
+        column = np.where(valid, slots.column, 0)
+        self._slots = slots._replace(valid=valid, column=column).take(np.s_[:, :kept])
+        self.is_uniform &= bool(self._slots.valid.all())
+        self._steps = None
 
     @property
     def stored(self) -> tuple[int, int]:
@@ -68,58 +124,102 @@ class Book:
 
 
 class Store:
-    """K and V of some KV heads, (batch, slots, heads, head_dim) each, growing in place by a quarter."""
+    """K and V of some KV heads side by side, (batch, slots, 2 x heads, head_dim), growing in place by a quarter."""
 
     def __init__(self):
-        self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.buffer: torch.Tensor | None = None
         self.length = 0
 
-    def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add slots; returns all keys and values so far."""
-        end = self.length + key.shape[1]
-        if self.buffers is None:
-            self.buffers = (key, value)
+        end = self.length + new.shape[1]
+        if self.buffer is None:
+            self.buffer = new.contiguous()  # not a view of more than there is to keep
         elif not self._grows_in_place():
-            self.buffers = tuple(torch.cat([old, new], 1) for old, new in zip(self.tensors, (key, value)))
+            self.buffer = torch.cat([self.used, new], 1)
         else:
-            if end > self.buffers[0].shape[1]:
-                self.buffers = tuple(self._grown(t, end + self.length // 4) for t in self.tensors)
-            for buffer, new in zip(self.buffers, (key, value)):
-                buffer[:, self.length : end] = new
+            if end > self.buffer.shape[1]:
+                self.buffer = self._grown(end + self.length // 4)
+            self.buffer[:, self.length : end] = new
         self.length = end
         return self.tensors
 
     def _grows_in_place(self) -> bool:
         """Not where a backward pass may need what is overwritten, be it for the queries' sake alone, nor outside of the
-        inference mode that made the buffers."""
-        return not torch.is_grad_enabled() and not any(
-            t.requires_grad or t.is_inference() and not torch.is_inference_mode_enabled() for t in self.buffers
+        inference mode that made the buffer."""
+        return not (
+            torch.is_grad_enabled()
+            or self.buffer.requires_grad
+            or self.buffer.is_inference()
+            and not torch.is_inference_mode_enabled()
         )
 
     @property
+    def used(self) -> torch.Tensor:
+        """The slots in use."""
+        return self.buffer if self.length == self.buffer.shape[1] else self.buffer[:, : self.length]
+
+    @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.length == self.buffers[0].shape[1]:
-            return self.buffers
-        return tuple(t[:, : self.length] for t in self.buffers)
+        """K and V, (batch, slots, heads, head_dim) each."""
+        return halves(self.used)
 
     @property
     def bytes(self) -> int:
         """Bytes of the slots in use."""
-        return 0 if self.buffers is None else sum(t.numel() * t.element_size() for t in self.tensors)
+        return 0 if self.buffer is None else self.used.numel() * self.buffer.element_size()
 
     def map(self, change) -> None:
-        """Replace keys and values by `change(tensor)`."""
-        if self.buffers is not None:
-            self.buffers = tuple(change(t) for t in self.tensors)
+        """Replace keys and values by `change(tensor)`, room and all."""
+        if self.buffer is not None:
+            self.buffer = change(self.buffer)
 
     def crop(self, length: int) -> None:
         self.length = min(self.length, length)
 
-    @staticmethod
-    def _grown(tensor: torch.Tensor, capacity: int) -> torch.Tensor:
-        grown = tensor.new_empty(tensor.shape[0], capacity, *tensor.shape[2:])
-        grown[:, : tensor.shape[1]] = tensor
+    def _grown(self, capacity: int) -> torch.Tensor:
+        grown = self.buffer.new_empty(self.buffer.shape[0], capacity, *self.buffer.shape[2:])
+        grown[:, : self.length] = self.used
         return grown
+
+
+class FixedStore:
+    """A store of one size, whose next slot only the device knows. at: (1,) int64."""
+
+    def __init__(self, store: Store, capacity: int, at: torch.Tensor):
+        used = store.used
+        with torch.inference_mode(False):  # zeros: unused slots have no weight, but NaN would count for all that
+            self.buffer = used.new_zeros(used.shape[0], capacity, *used.shape[2:])
+        self.buffer[:, : store.length] = used
+        self.at = at
+
+    def append(self, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the next slot; returns all keys and values, room and all."""
+        self.buffer.index_copy_(1, self.at, new)
+        return self.tensors
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return halves(self.buffer)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all slots, in use or not."""
+        return self.buffer.numel() * self.buffer.element_size()
+
+    def map(self, change) -> None:
+        self.buffer.copy_(change(self.buffer))
+
+    def thawed(self, length: int) -> Store:
+        store = Store()
+        store.buffer, store.length = self.buffer, length
+        return store
+
+
+def halves(kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V that lie side by side as heads, (batch, slots, 2 x heads, head_dim)."""
+    heads = kv.shape[2] // 2
+    return kv[:, :, :heads], kv[:, :, heads:]
 
 
 class LaneCacheLayer(LaneLayerBase):
@@ -131,15 +231,45 @@ class LaneCacheLayer(LaneLayerBase):
         self.seen, self.rest = Store(), Store()
 
     @property
+    def is_compileable(self) -> bool:
+        """Whether transformers may take it for a static cache's."""
+        return self.book.fixed is not None
+
+    def fix(self, capacity: int) -> None:
+        """Make room for `capacity` columns; until `thaw` only decode steps come, which all have the same shapes."""
+        device = (self.rest if self.seen.buffer is None else self.seen).buffer.device
+        if self.leads:
+            self.book.fix(capacity, device)
+        fixed = self.book.fixed
+        self.seen, self.rest = (
+            store if store.buffer is None else FixedStore(store, columns.shape[1], at)
+            for store, columns, at in zip((self.seen, self.rest), fixed.columns, fixed.at)
+        )
+
+    def thaw(self) -> None:
+        """Back to stores that grow."""
+        if self.book.fixed is not None:
+            self.book.thaw()
+        self.seen, self.rest = (
+            store.thawed(length) if isinstance(store, FixedStore) else store
+            for store, length in zip((self.seen, self.rest), self.book.stored)
+        )
+
+    @property
     def kv_bytes(self) -> int:
         return self.seen.bytes + self.rest.bytes
 
-    def get_seq_length(self) -> int:
-        """Columns of the sequence so far, padding and visual tokens included."""
-        return self.book.length
+    def get_seq_length(self) -> int | torch.Tensor:
+        """Columns of the sequence so far, padding and visual tokens included; on the device of a static cache."""
+        return self.book.length if self.book.fixed is None else self.book.fixed.column
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.book.length + query_length, 0
+        return (self.book.length + query_length if self.book.fixed is None else self.book.fixed.capacity), 0
+
+    def get_max_length(self) -> int:
+        return -1 if self.book.fixed is None else self.book.fixed.capacity
+
+    get_max_cache_shape = get_max_length  # the name before transformers 5.20
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._select(beam_idx)
@@ -148,7 +278,8 @@ class LaneCacheLayer(LaneLayerBase):
         self._select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        batch = (self.seen.buffers or self.rest.buffers)[0].shape[0]
+        store = self.rest if self.seen.buffer is None else self.seen
+        batch = store.buffer.shape[0]
         self._select(torch.arange(batch).repeat_interleave(repeats))
 
     def _select(self, samples: torch.Tensor) -> None:
@@ -159,6 +290,8 @@ class LaneCacheLayer(LaneLayerBase):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` columns (a positive value, the older form, is the length to keep)."""
+        if self.book.fixed is not None:
+            raise NotImplementedError("crop: got a static cache, expected a dynamic one")
         tokens_to_remove = int(tokens_to_remove)  # a 0-d tensor where drafts are rejected
         if self.leads:
             length = self.book.length

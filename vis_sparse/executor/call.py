@@ -38,6 +38,8 @@ class Call:
         self._patterns: dict = {}
         self.num_text = packing.num_text
         self.batch = packing.batch
+        self._text_shape, self._visual_shape = packing.text_columns.shape, packing.visual_slots.shape
+        self._packed_is_padded = packing.packed_is_padded
         self.has_run = False  # whether the backend's tables have been built
 
     @classmethod
@@ -115,14 +117,13 @@ class Call:
 
     def by_sample(self, text):
         """Text rows (batch * text length, ...) as (batch, text length, ...)."""
-        return text.view(*self.packing.text_columns.shape, *text.shape[1:])
+        return text.unflatten(0, self._text_shape)
 
     def visual_by_sample(self, visual):
         """Packed visual rows (num_visual, ...) as slots (batch, visual length, ...), padded if ragged."""
-        shape = self.packing.visual_slots.shape
-        if self.packing.packed_is_padded:
-            return visual.unflatten(0, shape)
-        return visual.index_select(0, self._visual_slots).unflatten(0, shape)
+        if not self._packed_is_padded:
+            visual = visual.index_select(0, self._visual_slots)
+        return visual.unflatten(0, self._visual_shape)
 
     @cached_property
     def _visual_slots(self) -> torch.Tensor:
@@ -174,12 +175,13 @@ class Call:
         past = self._rest.column.shape[1] - self.packing.text_columns.shape[1]
         return Coordinates(*(np.concatenate([r[:, :past], o], axis=1) for r, o in zip(self._rest, own)))
 
-    def joint_attention(self, backend: Backend, rows: dict, scale: float) -> torch.Tensor:
-        """Causal attention of all rows over all rows, for calls whose every column is a row; returns rows."""
-        ordered = (
-            rows[name].index_select(0, self.order).unflatten(0, (self.batch, -1)) for name in ("query", "key", "value")
-        )
-        out = backend.text_attention(*ordered, self._joint_pattern, scale).flatten(0, 1)
+    def joint_attention(self, backend: Backend, query: torch.Tensor, kv: torch.Tensor, scale: float) -> torch.Tensor:
+        """Causal attention of all rows over all rows, for calls whose every column is a row; returns rows.
+
+        query (rows, heads, head_dim), kv (rows, 2 x KV heads, head_dim): keys beside values.
+        """
+        query, kv = (rows.index_select(0, self.order).unflatten(0, (self.batch, -1)) for rows in (query, kv))
+        out = backend.text_attention(query, *kv.chunk(2, 2), self._joint_pattern, scale).flatten(0, 1)
         return out.index_select(0, self._row_index)
 
     @cached_property

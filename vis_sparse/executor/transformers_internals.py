@@ -13,7 +13,14 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 OLDEST, NEWEST = "5.10", "5.24"
@@ -40,6 +47,12 @@ def cache_among(arguments: Mapping):
     """The cache among a model's arguments, by either name that this transformers takes; None if there is none."""
     cache = arguments.get(CACHE)
     return arguments.get(_OLD_NAME) if cache is None else cache
+
+
+def traced_as_before(arguments: dict) -> dict:
+    """`named_as_before` for a call that is being compiled: without a warning, which would break its graph."""
+    others = {name: value for name, value in arguments.items() if name not in (CACHE, _OLD_NAME)}
+    return {**others, _OLD_NAME: cache_among(arguments)}
 
 
 if CACHE == _OLD_NAME:
@@ -127,13 +140,28 @@ def holds_lanes(cache) -> bool:
 
 
 def holds_plain_or_lanes(cache) -> bool:
-    """Whether lanes can live in a cache: none, or a DynamicCache whose layers are plain (a sliding window is, until it
-    is full) or lanes."""
-    if cache is None:
+    """Whether lanes can live in a cache: none, a DynamicCache whose layers are plain (a sliding window is, until it is
+    full) or lanes, or a StaticCache that is empty or holds lanes."""
+    if cache is None or static_columns(cache) is not None:
         return True
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     plain = all(type(layer) in kinds or isinstance(layer, LaneLayerBase) for layer in cache_layers(cache))
-    return isinstance(cache, DynamicCache) and plain and not getattr(cache, "offloading", False)
+    holds = isinstance(cache, DynamicCache) or isinstance(cache, StaticCache) and holds_lanes(cache)
+    return holds and plain and not getattr(cache, "offloading", False)
+
+
+def static_columns(cache) -> int | None:
+    """Columns that an empty static cache has room for; None of another cache."""
+    layers = cache_layers(cache)
+    if not isinstance(cache, StaticCache) or not all(type(layer) is StaticLayer for layer in layers):
+        return None
+    return None if any(layer.is_initialized for layer in layers) else min(layer.max_cache_len for layer in layers)
+
+
+def is_fixed(cache) -> bool:
+    """Whether a cache holds lanes of one size, between decode steps of one shape."""
+    layers = cache_layers(cache)
+    return len(layers) > 0 and isinstance(layers[0], LaneLayerBase) and layers[0].is_compileable
 
 
 def describe_cache(cache) -> str:

@@ -21,9 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 # Multiply-adds from which oneDNN's product is ahead of `linear`: it costs 10 us or more whatever it multiplies
 # (docs/speed.md has the measurement; `python -m vis_sparse.eval.bench_products` makes it).
 _ONE_DNN_FROM = 2**20
-# `weight @ x.T` beats `x @ weight.T` in MKL while there are few rows (it blocks over the long side of the result):
-# 1.1 to 1.2 times at 64 rows, 1.07 at 576, width 4096. At 1 to 8 rows the two are equal.
-_MIN_ROWS = 16
+_MIN_ROWS = 16  # of products that oneDNN may not run, from which the operands' order counts
 _ONE_DNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
@@ -31,18 +29,24 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     """`x @ weight.T + bias` for x (rows, in) and weight (out, in), by the routine that is fastest on the device.
 
     On a CPU in fp32 that is oneDNN's for large products, where it may be used (1 to 3.5 times as fast as `linear`, most
-    at 4 to 16 rows), and else the better order of the operands. The result (rows, out) may be laid out column by
-    column.
+    at 4 to 16 rows); where it may not, `weight @ x.T` beats `x @ weight.T` in MKL while there are few rows (it blocks
+    over the long side of the result: 1.1 to 1.2 times at 64 rows, 1.07 at 576, width 4096), and the result (rows, out)
+    is laid out column by column.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        return F.linear(x, weight, bias)
     rows = x.shape[0]
-    if rows * weight.numel() >= _ONE_DNN_FROM and _suits_one_dnn(x, weight):
+    if rows * weight.numel() < _ONE_DNN_FROM or x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    if _suits_one_dnn(x, weight):
         return _ONE_DNN(x, weight, bias, "none", [], "")
     if rows < _MIN_ROWS:
         return F.linear(x, weight, bias)
     out = torch.mm(weight, x.t()).t()
     return out if bias is None else out + bias
+
+
+def is_small(rows: int, weight: torch.Tensor) -> bool:
+    """Whether a product is `linear`'s wherever it runs."""
+    return rows * weight.numel() < _ONE_DNN_FROM or weight.device.type != "cpu" or weight.dtype != torch.float32
 
 
 def _suits_one_dnn(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -72,27 +76,24 @@ def is_plain(module: nn.Module) -> bool:
 
     Hooks on all modules at once, which counters and profilers set, are not asked: they would change what they count.
     """
-    held = vars(module)  # asked for every product: attributes of modules are slow
+    held = vars(module)  # attributes of modules are slow
     return (
         type(module) is nn.Linear
         and type(held["_parameters"].get("weight")) is nn.Parameter
-        and not held["_forward_hooks"]
-        and not held["_forward_pre_hooks"]
-        and not held["_backward_hooks"]
-        and not held["_backward_pre_hooks"]
-        and "_hf_hook" not in held
-        and "forward" not in held
+        and not listens(held)
     )
 
 
-def apply(module: nn.Module, x: torch.Tensor, outputs: range | None = None) -> torch.Tensor:
-    """The linear layer on x (rows, in). outputs: of a fused projection, those that are wanted; None: all."""
-    if outputs is None:
-        return product(x, *tensors(module)) if is_plain(module) else module(x)
-    if not is_plain(module):
-        return select(module(x), 1, outputs)
-    weight, bias = tensors(module)
-    return product(x, select(weight, 0, outputs), None if bias is None else select(bias, 0, outputs))
+def listens(held: dict) -> bool:
+    """Whether somebody listens to a module's calls, or has replaced them; `held`: its attributes."""
+    return bool(
+        held["_forward_hooks"]
+        or held["_forward_pre_hooks"]
+        or held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
+        or "_hf_hook" in held
+        or "forward" in held
+    )
 
 
 def tensors(module: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -108,13 +109,17 @@ def follow(indices: Sequence[int]) -> bool:
 
 
 class Selection:
-    """Indices of a dimension of some size, sorted out once. Called with a tensor and the dimension it gives the tensor
-    itself if they are all of it, a view if they follow one another, else a copy."""
+    """Indices of a dimension (of `size`, if they may be all), sorted out once. Called with a tensor and the dimension
+    it gives the tensor itself if they are all of it, a view if they follow one another, else a copy."""
 
-    def __init__(self, indices: Sequence[int], size: int):
+    def __init__(self, indices: Sequence[int], size: int | None = None):
         self.indices, self._size = tuple(indices), len(indices)
         self._first = (self.indices[0] if self.indices else 0) if follow(indices) else None
         self._is_whole = self._first is not None and self._size == size
+
+    @property
+    def is_view(self) -> bool:
+        return self._first is not None
 
     def __len__(self) -> int:
         return self._size
@@ -147,8 +152,8 @@ def unit_columns(units: Sequence[int], width: int) -> tuple[int, ...]:
 class CutLinear:
     """Linear layers side by side, cut to some outputs (`rows`, a list for each layer) or inputs (`columns` of `width`).
 
-    find(name) gives a layer's module; it is asked in every call, since adapters may replace modules. Called with
-    x (n, in) it gives (n, sum of the layers' outputs); with `columns`, x holds those inputs only.
+    find(name) gives a layer's module, which adapters may replace. Bound to the modules that there are, it is a function
+    of x (n, in) that gives (n, sum of the layers' outputs); with `columns`, x holds those inputs only.
     A view is made in every call: kept, it would hold on to the storage that a parameter had once. A copy is kept by
     `keep` and used until `forget`; without one the weight is cut in every call, as it is while gradients are recorded
     for it, so that they reach the parameters.
@@ -162,10 +167,12 @@ class CutLinear:
         columns: Sequence[int] | None = None,
         width: int = 0,
     ):
-        self._find, self._names, self._rows, self._columns, self.width = find, tuple(names), rows, columns, width
+        self._find, self._names, self.width = find, tuple(names), width
+        self._rows = None if rows is None else [Selection(each) for each in rows]
+        self._columns = None if columns is None else Selection(columns)
         self._kept: tuple[torch.Tensor, torch.Tensor | None] | None = None
-        pieces = [columns] if rows is None else rows
-        self.copies = bool(names) and any(map(len, pieces)) and (len(names) > 1 or not follow(pieces[0]))
+        pieces = [self._columns] if rows is None else self._rows
+        self.copies = bool(names) and any(map(len, pieces)) and (len(names) > 1 or not pieces[0].is_view)
 
     def __getstate__(self):
         return {**vars(self), "_kept": None}  # a copy of the model makes its own
@@ -173,13 +180,16 @@ class CutLinear:
     def modules(self) -> list[nn.Module]:
         return [self._find(name) for name in self._names]
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def bound(self) -> Callable[[torch.Tensor], torch.Tensor]:
         modules = self.modules()
         if not all(map(is_plain, modules)):
-            return self._whole(x, modules)
-        if self._kept is None or records_gradients(modules):
-            return product(x, *self._cut(modules))
-        return product(x, *self._kept)
+            return lambda x: self._whole(x, modules)
+
+        def call(x: torch.Tensor) -> torch.Tensor:
+            kept = self._kept
+            return product(x, *(self._cut(modules) if kept is None or records_gradients(modules) else kept))
+
+        return call
 
     def keep(self, modules: Sequence[nn.Module]) -> None:
         """Cut the weights of plain `modules` and keep the copy."""
@@ -198,22 +208,22 @@ class CutLinear:
     def _cut(self, modules):
         if self._columns is not None:
             (module,) = modules
-            return select(module.weight, 1, self._columns), module.bias
-        weights = [select(m.weight, 0, rows) for m, rows in zip(modules, self._rows)]
-        biases = [m.bias for m in modules]
+            weight, bias = tensors(module)
+            return self._columns(weight, 1), bias
+        weights, biases = zip(*map(tensors, modules))
         if all(bias is None for bias in biases):
             bias = None
         else:
-            filled = [m.weight.new_zeros(m.out_features) if m.bias is None else m.bias for m in modules]
-            bias = _join([select(b, 0, rows) for b, rows in zip(filled, self._rows)])
-        return _join(weights), bias
+            filled = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases)]
+            bias = _join([rows(b, 0) for b, rows in zip(filled, self._rows)])
+        return _join([rows(w, 0) for w, rows in zip(weights, self._rows)]), bias
 
     def _whole(self, x, modules):
         if self._columns is not None:
             (module,) = modules
             full = x.new_zeros(x.shape[0], self.width)
-            return module(full.index_copy(1, index_on(tuple(self._columns), x.device), x))
-        return _join([select(m(x), 1, rows) for m, rows in zip(modules, self._rows)], dim=1)
+            return module(full.index_copy(1, index_on(self._columns.indices, x.device), x))
+        return _join([rows(m(x), 1) for m, rows in zip(modules, self._rows)], dim=1)
 
 
 def records_gradients(modules: Sequence[nn.Module]) -> bool:

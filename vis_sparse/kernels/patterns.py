@@ -111,6 +111,34 @@ class TextPattern(_Pattern):
         return Mask(on_device(allowed, self.device))
 
 
+class StepPattern:
+    """What the one text query of each sample reads in a decode step, from tables on the device.
+
+    allowed: (batch or 1, slots) bool; None if all. hidden: (1, heads, 1, slots) bool, what blind heads must not read;
+    None if nothing.
+    """
+
+    is_causal = False
+
+    def __init__(self, allowed: torch.Tensor | None, hidden: torch.Tensor | None):
+        if allowed is not None:
+            allowed = allowed[:, None, None]
+        if hidden is not None:
+            seen = ~hidden
+            allowed = seen if allowed is None else seen & allowed
+        self.mask = None if allowed is None else StepMask(allowed)
+
+
+class StepMask(Mask):
+    """A step's: nothing of it is kept, so it may be made in inference mode."""
+
+    def bias(self, dtype: torch.dtype) -> torch.Tensor:
+        if dtype not in self._bias:
+            zeros = torch.zeros(self.allowed.shape, dtype=dtype, device=self.allowed.device)
+            self._bias[dtype] = zeros.masked_fill(~self.allowed, float("-inf"))
+        return self._bias[dtype]
+
+
 @dataclass(frozen=True)
 class TileGroup:
     """Tiles that read about as many keys.

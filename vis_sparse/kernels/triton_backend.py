@@ -8,7 +8,7 @@ import torch
 from ..layout.packing import on_device
 from ..plans.layer_plan import Neighborhood
 from . import tiled, triton_ops, tuning
-from .patterns import TextPattern, VisualPattern
+from .patterns import StepPattern, TextPattern, VisualPattern
 from .tables import key_blocks, key_tiles, near_tables, run_tables
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -24,6 +24,8 @@ def text_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: TextPattern, scale: float
 ) -> torch.Tensor:
     """As `reference.text_attention`."""
+    if isinstance(pattern, StepPattern):  # a mask that only the device knows, not runs of slots
+        return tiled.text_attention(query, key, value, pattern, scale)
     out = _runs(query.flatten(0, 1), key, value, pattern, scale, pattern.derive(_blind), query.shape[1])
     return out.unflatten(0, query.shape[:2])
 

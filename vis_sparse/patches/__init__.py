@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from torch import nn
 
 from ..cost.flops import flops
-from ..executor.lanes import Decoder
+from ..executor.decoder import Decoder
 from ..kernels import get_backend
 from ..layout.layout import VisualLayout
 from ..plans.budgets import resolve_heads

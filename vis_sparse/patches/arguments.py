@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
+from ..executor.bound import BoundLayer
 from ..executor.transformers_internals import CACHE, describe_cache, holds_plain_or_lanes
+from ..layout.layout import LayoutError, VisualLayout
 from .errors import PatchError
 
 # Keyword arguments of a text model that the lanes obey, or that say nothing about its computation: what transformers'
@@ -17,6 +21,21 @@ _SILENT = (
 # What a caller may say that is so anyway.
 _SAME = {"is_causal": True, "output_attentions": False}
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+class Asked(NamedTuple):
+    """A call in lanes: its plan's name, its own segments, its columns and those cached before; the mask of all of them,
+    on the host, or as it was given to a decode step (one column of text after a cache of lanes). capacity: columns of a
+    static cache."""
+
+    name: str
+    layout: VisualLayout
+    length: int
+    past: int
+    mask: np.ndarray | torch.Tensor | None
+    is_step: bool
+    bound: list[BoundLayer]
+    capacity: int | None
 
 
 def check_arguments(config, attention_mask, position_ids, cache, length: int, past: int, kwargs: dict) -> None:
@@ -72,14 +91,18 @@ def _check_not_packed(position_ids: torch.Tensor | None) -> None:
         )
 
 
-def host_mask(attention_mask: torch.Tensor | None, columns: int) -> np.ndarray | None:
-    """(batch, columns) bool on the host, or None if nothing is padding."""
-    if attention_mask is None:
-        return None
-    if attention_mask.shape[1] != columns:
+def check_mask(attention_mask: torch.Tensor | None, columns: int) -> None:
+    """Raise PatchError for a mask of another number of columns."""
+    if attention_mask is not None and attention_mask.shape[1] != columns:
         raise PatchError(
             f"attention_mask: got {attention_mask.shape[1]} columns, expected {columns} (cached ones and the call's)"
         )
+
+
+def host_mask(attention_mask: torch.Tensor | None) -> np.ndarray | None:
+    """(batch, columns) bool on the host, or None if nothing is padding."""
+    if attention_mask is None:
+        return None
     mask = attention_mask.cpu().numpy().astype(bool)
     return None if mask.all() else mask
 
@@ -88,3 +111,29 @@ def _short(value) -> str:
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     return repr(value) if len(repr(value)) <= 40 else f"a {type(value).__name__}"
+
+
+def added_rows(deepstack, layout: VisualLayout, embeds: torch.Tensor) -> list[torch.Tensor]:
+    """What DeepStack adds to the visual rows after each of the first layers: theirs in sequence order, as packed."""
+    added = [rows.to(embeds.device, embeds.dtype) for rows in deepstack or ()]
+    if added and len(added[0]) != layout.num_visual:
+        raise LayoutError(
+            f"deepstack_visual_embeds: got {len(added[0])} rows, expected one for each of the call's "
+            f"{layout.num_visual} visual tokens"
+        )
+    return added
+
+
+def planes(config, position_ids: torch.Tensor) -> torch.Tensor:
+    """Positions as the text model's rotary embedding takes them: (batch, length), or of M-RoPE (3, batch, length)."""
+    if position_ids.dim() == 3:
+        return position_ids[-3:]  # a plane of text positions may lie before M-RoPE's
+    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+        return position_ids.expand(3, -1, -1)  # older transformers' M-RoPE takes nothing else
+    return position_ids
+
+
+def wants_hidden(config, kwargs: dict) -> bool:
+    """Whether a call asks for the hidden states of all layers."""
+    wanted = kwargs.get("output_hidden_states")
+    return config.output_hidden_states if wanted is None else wanted

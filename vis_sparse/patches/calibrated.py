@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..executor.lanes import Decoder
+from ..executor.decoder import Decoder
 from ..plans.atomic_write import is_file
 from ..plans.budgets import HEADS_FILES
 from ..plans.hub import located

@@ -6,9 +6,11 @@ refused by name.
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
-from ..executor.lanes import Decoder, DecoderLayer
+from ..executor.decoder import Decoder, DecoderLayer
+from ..executor.weights import listens
 from .errors import PatchError
 from .wraps import check_layers
 
@@ -54,7 +56,8 @@ def read_decoder(text_model: nn.Module) -> Decoder:
     head_dim = _size(config, "head_dim", name, _size(config, "hidden_size", name) // heads)
     sizes = {"query": heads * head_dim, "key": kv_heads * head_dim, "value": kv_heads * head_dim}
     sizes |= {"gate": ffn_size, "up": ffn_size}
-    read = tuple(_read_layer(layer, name, sizes, head_dim) for layer in layers)
+    known: dict[tuple, str | None] = {}
+    read = tuple(_read_layer(layer, name, sizes, head_dim, known) for layer in layers)
     return Decoder(read, norm, rotary, heads, kv_heads, head_dim, ffn_size)
 
 
@@ -80,7 +83,10 @@ def _size(config, size: str, name: str, default: int | None = None) -> int:
     return value
 
 
-def _read_layer(layer: nn.Module, name: str, sizes: dict[str, int], head_dim: int) -> DecoderLayer:
+def _read_layer(
+    layer: nn.Module, name: str, sizes: dict[str, int], head_dim: int, known: dict[tuple, str | None]
+) -> DecoderLayer:
+    """known: by their settings, the epsilons of norms that were tried before."""
     attention, ffn = layer.self_attn, layer.mlp
     norms = _NORMS if hasattr(attention, "q_norm") else {}
     places = [
@@ -103,7 +109,32 @@ def _read_layer(layer: nn.Module, name: str, sizes: dict[str, int], head_dim: in
     scale = getattr(attention, "scaling", None)
     if not isinstance(scale, float):
         raise PatchError(f"{name}: got a {type(attention).__name__} with scaling={scale!r}, expected a number")
-    return DecoderLayer(parts, scale, fused)
+    norms = {}
+    for part in (part for part in parts if part.endswith("_norm")):
+        owner, place = parts[part]
+        module = getattr(owner, place)
+        settings = (type(module), *(item for item in vars(module).items() if isinstance(item[1], int | float | str)))
+        if settings not in known:
+            known[settings] = _rms_epsilon(module)
+        if known[settings] is not None:
+            norms[part] = type(module), known[settings]
+    return DecoderLayer(parts, scale, fused, norms)
+
+
+@torch.no_grad()
+def _rms_epsilon(norm: nn.Module) -> str | None:
+    """The name of the epsilon of a norm that computes what `torch.rms_norm` does, tried on two rows; None of others."""
+    weight = norm._parameters.get("weight")
+    eps = next((name for name in ("variance_epsilon", "eps") if isinstance(vars(norm).get(name), float)), None)
+    if weight is None or weight.is_meta or weight.dim() != 1 or eps is None or listens(vars(norm)):
+        return None
+    with torch.inference_mode(False):
+        rows = torch.linspace(-2, 3, 2 * len(weight), device=weight.device).view(2, -1).to(weight.dtype)
+        given, expected = norm(rows), torch.rms_norm(rows, weight.shape, weight, vars(norm)[eps])
+    # of fp16 and bf16, a norm may round before it multiplies by its weight; of float64, it may compute in fp32
+    limit = 4 * torch.finfo(rows.dtype).eps
+    close = given.dtype == expected.dtype and torch.allclose(given, expected, rtol=limit, atol=0)
+    return eps if close else None
 
 
 def _known(module: nn.Module, structures, name: str) -> dict[str, tuple[str, ...]]:

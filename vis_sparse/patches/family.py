@@ -28,6 +28,8 @@ class Running:
 @torch.compiler.disable
 def bound(function: Callable, owner: nn.Module, args: tuple, kwargs: dict) -> dict:
     """Arguments by name of a call of a method, given unbound; those in its `**kwargs` too."""
+    if not args:
+        return kwargs
     arguments = _signature(function).bind_partial(owner, *args, **kwargs).arguments
     return arguments | arguments.pop("kwargs", {})
 

@@ -16,30 +16,36 @@ from torch import nn
 
 from ..executor.cache import LaneCacheLayer
 from ..executor.call import Call
+from ..executor.decoder import Decoder
 from ..executor.kept_calls import KeptCalls
-from ..executor.lanes import Decoder, LaneExecutor
+from ..executor.lanes import LaneExecutor
+from ..executor.steps import Step, StepPacking
 from ..executor.tokens import ranking_rows
 from ..executor.transformers_internals import (
     CACHE,
     cache_among,
     cache_layers,
     holds_lanes,
+    is_fixed,
     named_as_before,
     new_cache,
     output_of,
     set_cache_layers,
+    static_columns,
+    traced_as_before,
 )
 from ..kernels import Backend
 from ..layout.layout import LayoutError, VisualLayout
 from ..layout.packing import Packing, pack, text_coordinates
 from ..plans.carried import to_block
 from ..plans.plan import VisualPlan
-from .arguments import check_arguments, host_mask
+from .arguments import Asked, added_rows, check_arguments, check_mask, host_mask, planes, wants_hidden
 from .errors import PatchError
 from .family import Family, Running, bound, prompt_ends
 from .saving import save_pretrained
 from .scopes import held, hold
-from .wraps import check_devices, check_layers
+from .static import check_causal, columns_read, step
+from .wraps import blocks, check_devices, check_layers, check_structure, refuse_replicas
 
 # What a compiler that wants one graph of a whole patched model is told.
 _AROUND_LANES = (
@@ -75,9 +81,9 @@ class PatchState:
         self.executors = {name: LaneExecutor(decoder, plan, backend) for name, plan in plans.items()}
         self.default = next(iter(plans))
         # plan and tables of the last call that ran in lanes, and of the last whole prompt among them: to look at
-        self.last: tuple[str, Packing] | None = None
+        self.last: tuple[str, Packing | StepPacking] | None = None
         self.last_prompt: tuple[str, Packing] | None = None
-        self._blocks = _blocks(self.text_model)
+        self._blocks = blocks(self.text_model)
         self.kept_calls = KeptCalls()
         self._warned = False
 
@@ -94,7 +100,7 @@ class PatchState:
         self.text_model._vis_sparse = self
         self._replace(self.text_model, "forward", _text_forward)
         self._replace(self.text_model, "_apply", _apply)
-        self._replace(self.text_model, "_replicate_for_data_parallel", _refuse_replicas)
+        self._replace(self.text_model, "_replicate_for_data_parallel", refuse_replicas)
         for name, function in self.family.methods.items():
             self._replace(self.outer, name, function)
         self._replace(self.outer, "forward", _outer_forward)
@@ -147,10 +153,12 @@ class PatchState:
         running = _RUNNING.get()
         return running[1] if running is not None and running[0] is self else None
 
-    def layout_of(self, batch: int, length: int, past: int, without_ids: bool) -> VisualLayout:
-        """The segments of a call: what `use_layout` says around it, or else what it tells itself."""
-        layout = None if self.running is None else self.running.layout
-        given = held(self.text_model, "layout")
+    def layout_of(
+        self, given: VisualLayout | None, batch: int, length: int, past: int, without_ids: bool
+    ) -> VisualLayout:
+        """The segments of a call: those `given` by `use_layout` around it, or else what it tells itself."""
+        running = self.running
+        layout = None if running is None else running.layout
         if given is not None:
             layout = given.expanded(batch)
         if layout is None:
@@ -185,11 +193,16 @@ class PatchState:
 
     @torch.compiler.disable
     def _checked(self, batch, length, attention_mask, position_ids, cache, without_ids, kwargs):
-        """(plan's name, layout, cached columns, host mask) of a call in lanes; None if the original forward runs it."""
+        """What a call in lanes asks for; None of one that the original forward runs."""
+        capacity = static_columns(cache)
+        if is_fixed(cache):
+            capacity = cache_layers(cache)[0].book.fixed.capacity
+            for layer in cache_layers(cache):
+                layer.thaw()
         past = 0 if cache is None else cache.get_seq_length()
-        layout = self.layout_of(batch, length, past, without_ids)
-        in_lanes = holds_lanes(cache)
         given = held(self.text_model, "layout")
+        layout = self.layout_of(given, batch, length, past, without_ids)
+        in_lanes = holds_lanes(cache)
         if past and not in_lanes and given is not None and given.before(past).segments:
             raise LayoutError(
                 f"{CACHE}: got a plain cache of {past} columns with visual segments of the layout in them, "
@@ -197,19 +210,25 @@ class PatchState:
             )
         if not (layout.segments or in_lanes):
             return None
+        if capacity is not None:
+            attention_mask = check_causal(attention_mask, columns_read(attention_mask), past, length)
+            if past + length > capacity:
+                raise PatchError(f"{CACHE}: got {past + length} columns, expected at most its {capacity}")
         check_arguments(self.text_model.config, attention_mask, position_ids, cache, length, past, kwargs)
         if layout.segments:
             check_devices(getattr(self.model, "hf_device_map", None))
             check_layers(self.text_model.layers)
-        self._check_structure()
+        check_structure(self.text_model, self._blocks)
         name = self.plan_of(cache)
         executor = self.executors[name]
         if cache is not None and executor.checkpoints:
             raise PatchError(f"{CACHE}: got a cache under gradient checkpointing, expected none")
         if layout.segments:
             executor.kept_cuts.refresh()
-        mask = host_mask(attention_mask, past + length)
-        return name, layout, past, mask
+        check_mask(attention_mask, past + length)
+        is_step = in_lanes and past > 0 and length == 1 and not layout.segments
+        mask = attention_mask if is_step else host_mask(attention_mask)
+        return Asked(name, layout, length, past, mask, is_step, executor.bound(), capacity)
 
     def forward(
         self,
@@ -223,8 +242,16 @@ class PatchState:
     ):
         """The text model's forward: in lanes if visual tokens are in the call or in the cache, the original if not."""
         batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-        checked = self._checked(batch, length, attention_mask, position_ids, past_key_values, input_ids is None, kwargs)
-        if checked is None:
+        config = self.text_model.config
+        if is_fixed(past_key_values) and length == 1 and self._takes_step(past_key_values):
+            embeds = self.text_model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            positions = None if position_ids is None else planes(config, position_ids)
+            executor, mask = self._executor_of_step(past_key_values, kwargs), columns_read(attention_mask)
+            wanted = wants_hidden(config, kwargs)
+            output = step(self.text_model, executor, past_key_values, embeds, mask, positions, wanted)
+            return output.to_tuple() if kwargs.get("return_dict") is False else output
+        asked = self._checked(batch, length, attention_mask, position_ids, past_key_values, input_ids is None, kwargs)
+        if asked is None:
             return self._plain_forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -234,8 +261,8 @@ class PatchState:
                 **{CACHE: past_key_values},
                 **kwargs,
             )
-        name, layout, past, mask = checked
-        executor, config = self.executors[name], self.text_model.config
+        name, layout, past = asked.name, asked.layout, asked.past
+        executor = self.executors[name]
         if inputs_embeds is None:
             inputs_embeds = self.text_model.embed_tokens(input_ids)
         use_cache = config.use_cache if use_cache is None else use_cache
@@ -244,23 +271,21 @@ class PatchState:
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = new_cache(config)
-        call, layers = self._call(name, layout, length, past, mask, past_key_values, inputs_embeds.device)
+        call, layers = self._call(asked, past_key_values, inputs_embeds.device)
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
-        if position_ids.dim() == 3:
-            position_ids = position_ids[-3:]  # of M-RoPE; a plane of text positions may lie before them
-        elif "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
-            position_ids = position_ids.expand(3, -1, -1)  # older transformers' M-RoPE takes nothing else
+        position_ids = planes(config, position_ids)
         cos, sin = self.text_model.rotary_emb(inputs_embeds, position_ids=position_ids)
-        wants_hidden = kwargs.get("output_hidden_states")
-        wants_hidden = config.output_hidden_states if wants_hidden is None else wants_hidden
-        collected = [] if wants_hidden else None
-        added = _added(kwargs.get("deepstack_visual_embeds"), layout, inputs_embeds)
+        collected = [] if wants_hidden(config, kwargs) else None
+        added = added_rows(kwargs.get("deepstack_visual_embeds"), layout, inputs_embeds)
         # the first run of a call builds the tables that its backend needs, which no compiler should look into
         run = LaneExecutor.run if call.has_run else _run_eagerly
-        hidden = run(executor, inputs_embeds, cos, sin, call, layers, collected, added)
-        call.has_run = not executor.drops  # where tokens leave, a call has tables of its own
+        hidden = run(executor, inputs_embeds, cos, sin, call, layers, collected, added, asked.bound)
+        call.has_run = asked.is_step or not executor.drops  # where tokens leave, a call has tables of its own
         hidden = self.text_model.norm(hidden)
+        if asked.capacity is not None:
+            for layer in layers:
+                layer.fix(asked.capacity)
         self.last = name, call.packing
         if layout.segments and not past:
             self.last_prompt = self.last
@@ -268,31 +293,36 @@ class PatchState:
         output = output_of(hidden, past_key_values, collected)
         return output.to_tuple() if kwargs.get("return_dict") is False else output
 
-    def _check_structure(self) -> None:
-        """Raise PatchError if decoder layers are not those that were patched."""
-        for index, (now, then) in enumerate(zip(_blocks(self.text_model), self._blocks)):
-            if now != then:
-                raise PatchError(
-                    f"layers: got another layer {index} than at vis_sparse.patch, expected the same decoder (patch the "
-                    "model again after changing its structure)"
-                )
-        for number in (len(self.text_model.layers), self.text_model.config.num_hidden_layers):
-            if number == len(self._blocks):
-                continue
-            raise PatchError(
-                f"layers: got {number}, expected the {len(self._blocks)} there were at "
-                "vis_sparse.patch (patch the model again after changing its structure)"
-            )
+    def _takes_step(self, cache) -> bool:
+        """Whether a call of one column on a static cache is a decode step, told without a look at how full it is."""
+        if torch.compiler.is_compiling():
+            return True
+        first, running = cache_layers(cache)[0].book.length, self.running
+        layouts = (held(self.text_model, "layout"), None if running is None else running.layout)
+        return all(segment.end <= first for layout in layouts if layout is not None for segment in layout.segments)
+
+    def _executor_of_step(self, cache, kwargs: dict) -> LaneExecutor:
+        """That of a decode step on a static cache, after what the host can check of it."""
+        if torch.compiler.is_compiling():
+            plan = cache_layers(cache)[0].book.plan
+            return next(executor for name, executor in self.executors.items() if self.plans[name] is plan)
+        check_arguments(self.text_model.config, None, None, cache, 1, 0, kwargs)
+        check_structure(self.text_model, self._blocks)
+        return self.executors[self.plan_of(cache)]
 
     @torch.compiler.disable
-    def _call(self, name, layout, length, past, mask, cache, device) -> tuple[Call, list[LaneCacheLayer] | None]:
+    def _call(self, asked: Asked, cache, device) -> tuple[Call | Step, list[LaneCacheLayer] | None]:
         """The call's tables, and the cache's lane layers; tables of a first call are kept, since prompts repeat their
         layout."""
+        name, layout, length, past, mask = asked.name, asked.layout, asked.length, asked.past, asked.mask
         executor, batch = self.executors[name], layout.batch_size
+        if asked.is_step:
+            layers = cache_layers(cache)
+            return executor.step(layers, mask, device), layers
         layers = None if cache is None else self._cache_layers(name, cache, batch, past, mask)
         ends = self.prompt_ends(batch) if executor.ranks_by_text and layout.segments else None
-        asked = (None if table is None else table.tobytes() for table in (mask, ends))
-        key = None if past else (name, layout, length, device, *asked)
+        tables = (None if table is None else table.tobytes() for table in (mask, ends))
+        key = None if past else (name, layout, length, device, *tables)
         call = None if key is None else self.kept_calls.get(key)
         if call is None:
             packing = pack(layout, length, past, None if mask is None else mask[:, past:])
@@ -330,32 +360,33 @@ def _run_eagerly(executor, *args):
     return executor.run(*args)
 
 
-def _blocks(text_model: nn.Module) -> list[tuple[nn.Module, nn.Module, nn.Module, float]]:
-    """The modules of each decoder layer that parts are looked up in, and the scale of its attention scores."""
-    return [(layer, layer.self_attn, layer.mlp, layer.self_attn.scaling) for layer in text_model.layers]
-
-
-def _added(deepstack, layout: VisualLayout, embeds: torch.Tensor) -> list[torch.Tensor]:
-    """What DeepStack adds to the visual rows after each of the first layers: theirs in sequence order, as packed."""
-    added = [rows.to(embeds.device, embeds.dtype) for rows in deepstack or ()]
-    if added and len(added[0]) != layout.num_visual:
-        raise LayoutError(
-            f"deepstack_visual_embeds: got {len(added[0])} rows, expected one for each of the call's "
-            f"{layout.num_visual} visual tokens"
-        )
-    return added
-
-
 # What stands in the model's places. Each takes the state and what stood there before.
 
 
-@torch.compiler.disable(recursive=False, reason=_AROUND_LANES)
 def _text_forward(state: PatchState, plain, *args, **kwargs):
+    # a compiler may look into a decode step on a static cache, into nothing else
+    if _is_traced_step(kwargs):
+        return state.forward(*args, **traced_as_before(kwargs))
+    return _text_around_lanes(state, *args, **kwargs)
+
+
+def _is_traced_step(kwargs: dict) -> bool:
+    return torch.compiler.is_compiling() and is_fixed(cache_among(kwargs))
+
+
+@torch.compiler.disable(recursive=False, reason=_AROUND_LANES)
+def _text_around_lanes(state: PatchState, *args, **kwargs):
     return state.forward(*args, **named_as_before(kwargs))
 
 
-@torch.compiler.disable(recursive=False, reason=_AROUND_LANES)
 def _outer_forward(state: PatchState, plain, *args, **kwargs):
+    if _is_traced_step(kwargs):
+        return plain(*args, **kwargs)
+    return _outer_around_lanes(state, plain, *args, **kwargs)
+
+
+@torch.compiler.disable(recursive=False, reason=_AROUND_LANES)
+def _outer_around_lanes(state: PatchState, plain, *args, **kwargs):
     """The outer model's forward, within which its layout is known."""
     running = Running()
     token = _RUNNING.set((state, running))
@@ -373,8 +404,14 @@ def _read_layout(state: PatchState, args, kwargs) -> VisualLayout | None:
     return state.family.read_layout(state.outer, arguments, 0 if past is None else past.get_seq_length())
 
 
-@torch.compiler.disable(recursive=False, reason=_AROUND_LANES)
 def _labelled_forward(state: PatchState, plain, *args, **kwargs):
+    if _is_traced_step(kwargs):
+        return plain(*args, **kwargs)
+    return _labelled_around_lanes(state, plain, *args, **kwargs)
+
+
+@torch.compiler.disable(recursive=False, reason=_AROUND_LANES)
+def _labelled_around_lanes(state: PatchState, plain, *args, **kwargs):
     """The whole model's forward: labels tell where the prompt ends."""
     labels = kwargs.get("labels")
     if labels is None or not any(executor.ranks_by_text for executor in state.executors.values()):
@@ -407,10 +444,3 @@ def _apply(state: PatchState, plain, *args, **kwargs):
     finally:
         for executor in state.executors.values():
             executor.kept_cuts.forget()
-
-
-def _refuse_replicas(state: PatchState, plain):
-    raise PatchError(
-        "DataParallel: got a patched model to replicate over threads, expected DistributedDataParallel, or a model "
-        "patched in each process"
-    )

@@ -20,7 +20,8 @@ from torch import nn
 from transformers import LlamaConfig
 
 from ..executor.call import Call
-from ..executor.lanes import Decoder, LaneExecutor
+from ..executor.decoder import Decoder
+from ..executor.lanes import LaneExecutor
 from ..executor.transformers_internals import CACHE, new_cache
 from ..executor.weights import is_plain
 from ..kernels import Backend

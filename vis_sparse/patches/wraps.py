@@ -15,6 +15,32 @@ from .errors import PatchError
 _INSTEAD = "patch the model, then wrap it whole (fully_shard(model), FullyShardedDataParallel, DistributedDataParallel)"
 
 
+def blocks(text_model: nn.Module) -> list[tuple[nn.Module, nn.Module, nn.Module, float]]:
+    """The modules of each decoder layer that parts are looked up in, and the scale of its attention scores."""
+    found = []
+    for layer in text_model.layers:
+        inside = layer._modules  # asked once a call: attributes of modules are slow
+        attention = inside.get("self_attn") or layer.self_attn
+        found.append((layer, attention, inside.get("mlp") or layer.mlp, vars(attention).get("scaling")))
+    return found
+
+
+def check_structure(text_model: nn.Module, before: list[tuple]) -> None:
+    """Raise PatchError if decoder layers are not those that were patched, `before`."""
+    for index, (now, then) in enumerate(zip(blocks(text_model), before)):
+        if now != then:
+            raise PatchError(
+                f"layers: got another layer {index} than at vis_sparse.patch, expected the same decoder (patch the "
+                "model again after changing its structure)"
+            )
+    for number in (len(text_model.layers), text_model.config.num_hidden_layers):
+        if number != len(before):
+            raise PatchError(
+                f"layers: got {number}, expected the {len(before)} there were at "
+                "vis_sparse.patch (patch the model again after changing its structure)"
+            )
+
+
 def check_no_wrapper(model: nn.Module) -> None:
     """Raise PatchError for a module that holds the model that is meant."""
     if any(isinstance(model._modules.get(name), nn.Module) for name in ("module", "_fsdp_wrapped_module", "_orig_mod")):
@@ -64,3 +90,11 @@ def _check_parameters(place: str, owner: nn.Module, module: nn.Module) -> None:
                 f"layers: got {place} under an offload hook of the {type(owner).__name__} around it, expected hooks on "
                 "the linear layers and norms (offload without preload_module_classes)"
             )
+
+
+def refuse_replicas(state, plain):
+    """What `DataParallel` finds where it replicates a module."""
+    raise PatchError(
+        "DataParallel: got a patched model to replicate over threads, expected DistributedDataParallel, or a model "
+        "patched in each process"
+    )

@@ -1,0 +1,117 @@
+"""The modules of decoder layers as functions of a call: looked up when something changed, only compared otherwise.
+
+Modules may be replaced, wrapped, hooked or given other weights at any time, and lanes never call the layers around
+them. So once a call everything that decides how a part is run is compared with what it was when it was bound; in the
+call a part is one function. Comparisons run over all layers at once in C: lists, `map` and operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import repeat
+from operator import is_
+
+import torch
+from torch import nn
+
+from .weights import CutLinear, is_plain, listens, product, select
+
+Function = Callable[[torch.Tensor], torch.Tensor]
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class BoundLayer:
+    """One layer's parts, each a function of rows, under its name in `DecoderLayer.parts`, and its cuts.
+
+    linears: query, key and value where all three are plain (`weights.is_plain`): (their `_parameters`, their outputs of
+    a fused layer or None); else None.
+    """
+
+    def __init__(self, layer, cuts: dict[str, CutLinear]):
+        modules = {part: layer.module(part) for part in layer.parts}
+        for part, module in modules.items():
+            setattr(self, part, _function(module, layer.fused.get(part), layer.norms.get(part)))
+        for name, cut in cuts.items():
+            setattr(self, name, cut.bound())
+        names = ("query", "key", "value")
+        whole = all(is_plain(modules[name]) for name in names)
+        self.linears = [(modules[name]._parameters, layer.fused.get(name)) for name in names] if whole else None
+
+
+def _function(module, outputs: range | None, norm: tuple[type, str] | None) -> Function:
+    if norm is not None and _computes_rms(module, *norm):
+        return _rms(module, norm[1])
+    if is_plain(module):
+        return _product(module, outputs)
+    if outputs is None:
+        return module
+    return lambda x: select(module(x), 1, outputs)
+
+
+def _product(module: nn.Linear, outputs: range | None) -> Function:
+    parameters = module._parameters
+    if outputs is None:
+        return lambda x: product(x, parameters["weight"], parameters["bias"])
+    return lambda x: product(x, *own(parameters, outputs))
+
+
+def own(parameters: dict, outputs: range | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of a part of a linear layer, views for one of a fused layer's parts."""
+    weight, bias = parameters["weight"], parameters["bias"]
+    if outputs is None:
+        return weight, bias
+    place = slice(outputs.start, outputs.stop)
+    return weight[place], None if bias is None else bias[place]
+
+
+def _computes_rms(module: nn.Module, kind: type, eps: str) -> bool:
+    held = vars(module)
+    return type(module) is kind and eps in held and not listens(held)
+
+
+def _rms(module: nn.Module, eps: str) -> Function:
+    held, parameters = vars(module), module._parameters
+
+    def call(x):
+        weight = parameters["weight"]
+        return torch.rms_norm(x, weight.shape, weight, held[eps])
+
+    return call
+
+
+class Bound:
+    """Layers as they were bound, and whether that still holds."""
+
+    def __init__(self, layers: Iterable[tuple[object, dict[str, CutLinear]]]):
+        layers = list(layers)
+        self.layers = [BoundLayer(layer, cuts) for layer, cuts in layers]
+        places = [place for layer, _ in layers for place in layer.parts.values()]
+        # functions that are no modules lie elsewhere
+        self._owners = [owner._modules if name in owner._modules else vars(owner) for owner, name in places]
+        self._names = [name for _, name in places]
+        self._found = list(map(dict.get, self._owners, self._names))
+        modules = [module for module in self._found if isinstance(module, nn.Module)]
+        self._modules, self._types = modules, list(map(type, modules))
+        self._held = list(map(vars, modules))
+        self._hooks = [held[name] for held in self._held for name in _HOOKS]
+        self._heard = list(map(bool, self._hooks))
+        self._replaced = self._with_own_functions()
+        self._parameters = [held["_parameters"] for held in self._held]
+        self._kinds = self._kinds_of_weights()
+
+    def holds(self) -> bool:
+        """Whether every part is run now as it was when it was bound."""
+        return (
+            all(map(is_, map(dict.get, self._owners, self._names), self._found))
+            and all(map(is_, map(type, self._modules), self._types))
+            and list(map(bool, self._hooks)) == self._heard
+            and self._with_own_functions() == self._replaced
+            and self._kinds_of_weights() == self._kinds
+        )
+
+    def _with_own_functions(self) -> list[bool]:
+        names = ("forward", "_hf_hook")
+        return [found for name in names for found in map(dict.__contains__, self._held, repeat(name))]
+
+    def _kinds_of_weights(self) -> list[type]:
+        return list(map(type, map(dict.get, self._parameters, repeat("weight"))))

@@ -1,0 +1,271 @@
+"""One decoder layer under a plan.
+
+The rows of a call are one matrix, text rows first and packed visual rows after them, so that norms, residuals and the
+products of layers that are dense for both lanes are done once over all rows. Everything else runs on the slice of rows
+and the cut of weights that the schedule names: an operation saved is an operation never dispatched.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..kernels import Backend
+from ..plans.schedule import LayerWork
+from .bound import Bound, BoundLayer, own
+from .cache import Store, halves
+from .call import Call
+from .decoder import Decoder, DecoderLayer
+from .head_map import head_map
+from .rows import add_rows, rotate, rotate_into
+from .token_scores import attention_received
+from .weights import CutLinear, Selection, index_on, is_plain, is_small, select, tensors, unit_columns
+
+_ALL, _QUERY, _KEYS = ("query", "key", "value"), ("query",), ("key", "value")
+
+
+class Angles(NamedTuple):
+    """cos and sign-turned sin (`Call.split`) of all rows, of the text rows and of the visual rows."""
+
+    rows: tuple[torch.Tensor, torch.Tensor]
+    text: tuple[torch.Tensor, torch.Tensor]
+    visual: tuple[torch.Tensor, torch.Tensor]
+
+    @classmethod
+    def of(cls, cos: torch.Tensor, sin: torch.Tensor, num_text: int) -> Angles:
+        if len(cos) == num_text:
+            return cls((cos, sin), (cos, sin), (cos, sin))
+        return cls((cos, sin), (cos[:num_text], sin[:num_text]), (cos[num_text:], sin[num_text:]))
+
+
+class LaneLayer:
+    """One decoder layer under a plan: what it does is sorted out here, so that a call is a list of operations."""
+
+    def __init__(self, layer: DecoderLayer, work: LayerWork, decoder: Decoder, zero: bool, backend: Backend):
+        self.layer, self.work, self.backend = layer, work, backend
+        self.head_dim, self.has_norms = decoder.head_dim, "query_norm" in layer.parts
+        self.num = {"query": decoder.num_heads, "key": decoder.num_kv_heads}
+        self.heads = heads = head_map(work, decoder.num_heads, decoder.num_kv_heads, zero)
+        units = decoder.num_kv_heads * heads.expand
+        self.seen, self.rest, self.visual_units = (
+            _of_pairs(each, units) for each in (heads.seen, heads.rest, heads.keys)
+        )
+        self.seen_queries, self.rest_queries, self.merge = (
+            Selection(each, decoder.num_heads) for each in (heads.seen_queries, heads.rest_queries, heads.merge)
+        )
+        self.zeroed = tuple(len(heads.keys) + unit for unit in heads.zeroed)
+        # which projections visual rows share with the text rows: all three, keys and values, or else a cut of their own
+        whole = len(work.key_heads) == decoder.num_kv_heads
+        self.shares_all = whole and len(work.query_heads) == decoder.num_heads
+        self.shares_keys = whole and not work.query_heads
+        wanted = {"query": work.query_heads, "key": work.key_heads, "value": work.key_heads}
+        if self.shares_all or self.shares_keys:
+            wanted = {}
+        names = [name for name, own in wanted.items() if own]
+        find = layer.module
+        rows = [layer.outputs(name, unit_columns(wanted[name], self.head_dim)) for name in names]
+        columns = unit_columns(work.query_heads, self.head_dim)
+        neurons = range(work.neurons) if isinstance(work.neurons, int) else work.neurons
+        self.whole_ffn = len(neurons) == decoder.ffn_size
+        self.cuts_ffn = len(neurons) > 0 and not self.whole_ffn
+        self.cuts_heads = bool(names)
+        self.cuts = {
+            "cut": CutLinear(find, names, rows=rows),
+            "cut_output": CutLinear(find, ["output"], columns=columns, width=decoder.num_heads * self.head_dim),
+            "cut_gate": CutLinear(find, ["gate"], rows=[layer.outputs("gate", neurons)]),
+            "cut_up": CutLinear(find, ["up"], rows=[layer.outputs("up", neurons)]),
+            "cut_down": CutLinear(find, ["down"], columns=tuple(neurons), width=decoder.ffn_size),
+        }
+        # all rows read the same keys in the same heads: one causal attention over the whole sequence
+        self.is_joint = (
+            self.shares_all
+            and work.attention == "full"
+            and heads.blind is None
+            and not heads.zeroed
+            and not heads.rest
+        )
+
+    @property
+    def uses_visual(self) -> bool:
+        return bool(self.work.key_heads) or self.work.updates
+
+    @property
+    def scores_tokens(self) -> bool:
+        return self.work.tokens is not None and self.work.tokens.by == "attention"
+
+    def bound(self) -> BoundLayer:
+        return Bound([(self.layer, self.cuts)]).layers[0]
+
+    def __call__(
+        self, x, call: Call, angles: Angles, parts: BoundLayer, stores, in_place: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x (text rows + visual rows, or text rows alone, hidden) -> the same after the layer, and the visual rows'
+        scores where tokens leave by attention. x may be reused.
+
+        stores: the two of the layer's cache, or empty ones. in_place: whether nobody records or traces the call, so
+        that what it makes may be overwritten.
+        """
+        if x.shape[0] > call.num_text:
+            return self._both_lanes(x, call, angles, parts, stores, in_place)
+        query, kv = self._projected(parts.input_norm(x), _ALL, angles.text, parts, in_place)
+        self._store(call.by_sample(kv), None, stores)
+        x = add_rows(x, 0, parts.output(self._text_attention(query, call, stores)))
+        return self._feed_forward(x, x, None, parts, in_place), None
+
+    def _both_lanes(self, x, call: Call, angles: Angles, parts: BoundLayer, stores, in_place: bool):
+        num_text = call.num_text
+        h = parts.input_norm(x)
+        visual_query = visual_kv = None
+        if self.shares_all:
+            query, kv = every_query, every_kv = self._projected(h, _ALL, angles.rows, parts, in_place)
+            query, kv, visual_query, visual_kv = query[:num_text], kv[:num_text], query[num_text:], kv[num_text:]
+        elif self.shares_keys:
+            query, _ = self._projected(h[:num_text], _QUERY, angles.text, parts, in_place)
+            _, kv = self._projected(h, _KEYS, angles.rows, parts, in_place)
+            kv, visual_kv = kv[:num_text], kv[num_text:]
+        else:
+            query, kv = self._projected(h[:num_text], _ALL, angles.text, parts, in_place)
+            if self.cuts_heads:
+                y = parts.cut(h[num_text:]).contiguous()
+                numbers = len(self.work.query_heads), len(self.work.key_heads)
+                visual_query, visual_kv = self._turned(y, *numbers, angles.visual, parts, in_place)
+                if self.heads.expand > 1:
+                    visual_kv = visual_kv.repeat_interleave(self.heads.expand, dim=1)
+        slots = None if visual_kv is None else self._slots(visual_kv, call)
+        keys_values = self._store(call.by_sample(kv), slots, stores)
+        if self.is_joint and call.order is not None:
+            rows = call.joint_attention(self.backend, every_query, every_kv, self.layer.scale)
+            x = add_rows(x, 0, parts.output(rows.flatten(1)))
+        else:
+            out = self._text_attention(query, call, stores)
+            x = self._add_attention(x, out, visual_query, keys_values, call, parts)
+        scores = self._scores(query, call, stores[0]) if self.scores_tokens else None
+        h = x if self.whole_ffn or self.cuts_ffn else x[:num_text]
+        return self._feed_forward(x, h, num_text if self.cuts_ffn else None, parts, in_place), scores
+
+    def _projected(self, h, names: tuple[str, ...], angles, parts: BoundLayer, in_place: bool):
+        """Of `names`: queries (rows, heads, head_dim), keys beside values (rows, 2 x KV heads, head_dim), turned."""
+        if in_place and parts.linears is not None and is_small(len(h), parts.linears[0][0]["weight"]):
+            y = self._side_by_side(h, names, parts)
+        elif len(names) == 1:
+            y = parts.query(h).contiguous()
+        else:
+            y = torch.cat([getattr(parts, name)(h) for name in names], 1)
+        queries, keys = self.num["query"] * ("query" in names), self.num["key"] * ("key" in names)
+        query, kv = self._turned(y, queries, keys, angles, parts, in_place)
+        return query, kv if self.heads.expand == 1 else kv.repeat_interleave(self.heads.expand, dim=1)
+
+    def _side_by_side(self, h, names: tuple[str, ...], parts: BoundLayer) -> torch.Tensor:
+        """Small products where they are wanted, so that nothing has to be joined behind them."""
+        found = [own(*parts.linears[_ALL.index(name)]) for name in names]
+        sizes = [len(weight) for weight, _ in found]
+        y = h.new_empty(len(h), sum(sizes))
+        for (weight, bias), place in zip(found, y.split(sizes, 1)):
+            if bias is None:
+                torch.mm(h, weight.t(), out=place)
+            else:
+                torch.addmm(bias, h, weight.t(), out=place)
+        return y
+
+    def _turned(self, y, queries: int, keys: int, angles, parts: BoundLayer, in_place: bool):
+        """Of y (rows, queries + keys + values): the queries, and keys beside values, after norms and rotation."""
+        y = y.view(len(y), y.shape[1] // self.head_dim, self.head_dim)
+        turned = y[:, : queries + keys]
+        if self.has_norms:
+            pieces = ((parts.query_norm, y[:, :queries]), (parts.key_norm, y[:, queries : queries + keys]))
+            turned = torch.cat([norm(piece) for norm, piece in pieces if piece.shape[1]], 1)
+        if in_place:
+            rotate_into(y[:, : queries + keys], turned, *angles)
+            return y[:, :queries], y[:, queries:]
+        turned = rotate(turned, *angles)
+        return turned[:, :queries], torch.cat([turned[:, queries:], y[:, queries + keys :]], 1)
+
+    def _slots(self, visual_kv, call: Call):
+        """Visual keys and values by sample, (batch, visual slots, 2 x units, head_dim)."""
+        if self.zeroed:
+            visual_kv = visual_kv.index_fill(1, index_on(self.zeroed, visual_kv.device), 0.0)
+        return call.visual_by_sample(visual_kv)
+
+    def _store(self, text, visual, stores):
+        """Append the call's keys and values, by sample; returns the keys and values that visual queries read."""
+        seen, rest = stores
+        past_rest = rest.used if visual is not None and rest.length else None
+        if self.rest:
+            rest.append(self.rest(text, 2))
+        if self.seen:
+            new = self.seen(text, 2)
+            return seen.append(new if visual is None else torch.cat([visual, new], 1))
+        if visual is None or not self.work.query_heads:
+            return None
+        # nobody reads these keys after the call: they are joined with the text's and forgotten
+        past = [] if past_rest is None else [self.visual_units(past_rest, 2)]
+        return halves(torch.cat([*past, visual, self.visual_units(text, 2)], 1))
+
+    def _text_attention(self, query, call: Call, stores):
+        """Text queries over the text keys, and the visual keys in the heads that read them; (rows, heads x width)."""
+        query, scale, attention = call.by_sample(query), self.layer.scale, self.backend.text_attention
+        if not self.rest:
+            out = attention(query, *stores[0].tensors, call.text_pattern(True, self.heads.blind), scale)
+        elif not self.seen:
+            out = attention(query, *stores[1].tensors, call.text_pattern(False), scale)
+        else:
+            pattern = call.text_pattern(True, self.heads.blind)
+            seen = attention(self.seen_queries(query, 2), *stores[0].tensors, pattern, scale)
+            rest = attention(self.rest_queries(query, 2), *stores[1].tensors, call.text_pattern(False), scale)
+            out = self.merge(torch.cat([seen, rest], 2), 2)
+        return out.flatten(0, 1).flatten(1)
+
+    def _add_attention(self, x, out, visual_query, keys_values, call: Call, parts: BoundLayer):
+        """x with what attention gives to both lanes."""
+        num_text = call.num_text
+        if not self.work.query_heads:
+            x = add_rows(x, 0, parts.output(out))
+            return self._add_bias(x, num_text, parts) if self.work.attention != "none" else x
+        pattern = call.visual_pattern(self.work.attention, self.work.stores)
+        if self.heads.visual_keys is not None:
+            keys_values = [select(t, 2, self.heads.visual_keys) for t in keys_values]
+        seen = self.backend.visual_attention(visual_query, *keys_values, pattern, self.layer.scale).flatten(1)
+        if len(self.work.query_heads) == self.num["query"]:
+            return add_rows(x, 0, parts.output(torch.cat([out, seen])))
+        x = add_rows(x, 0, parts.output(out))
+        return add_rows(x, num_text, parts.cut_output(seen))
+
+    def _add_bias(self, x, num_text, parts: BoundLayer):
+        """Visual rows that attend in no head still get what the output projection makes of nothing: its bias."""
+        module = self.layer.module("output")
+        if is_plain(module):
+            _, bias = tensors(module)
+        else:
+            bias = parts.output(x.new_zeros(1, self.num["query"] * self.head_dim))[0]
+        return x if bias is None else add_rows(x, num_text, bias.expand(x.shape[0] - num_text, -1))
+
+    @torch.no_grad()
+    def _scores(self, query, call: Call, seen: Store):
+        """What each visual row gets of the attention of the text row that ranks its sample's, (num_visual,)."""
+        heads, last = self.heads, call.ranking_rows(call.by_sample(query))
+        readers = None
+        if heads.blind is not None:
+            readers = index_on(tuple(i for i, blind in enumerate(heads.blind) if not blind), last.device)
+        last = self.seen_queries(last, 1)
+        return call.by_packed(attention_received(last, seen.tensors[0], call.read_slots, readers, self.layer.scale))
+
+    def _feed_forward(self, x, h, cut_from: int | None, parts: BoundLayer, in_place: bool):
+        """x with what the FFN makes of its first rows, `h`; those from `cut_from` on use the cut of visual rows."""
+        h = parts.post_norm(h)
+        whole = h if cut_from is None else h[:cut_from]
+        x = add_rows(x, 0, _gated(whole, parts.gate, parts.up, parts.down, parts, in_place))
+        if cut_from is None:
+            return x
+        delta = _gated(h[cut_from:], parts.cut_gate, parts.cut_up, parts.cut_down, parts, in_place)
+        return add_rows(x, cut_from, delta)
+
+
+def _gated(h, gate, up, down, parts: BoundLayer, in_place: bool):
+    inner, factor = parts.activation(gate(h)), up(h)
+    return down(inner.mul_(factor) if in_place else inner * factor)
+
+
+def _of_pairs(units: tuple[int, ...], number: int) -> Selection:
+    """Of keys beside values, those of `units` of a `number`."""
+    return Selection((*units, *(number + unit for unit in units)), 2 * number)
