@@ -91,7 +91,7 @@ MUTANTS = mutants((
         "patches/test_state.py::test_positions_go_on_where_the_cache_ends",
     ),
     (
-        "M-RoPE's planes shifted", "patches/arguments.py",
+        "M-RoPE's planes shifted", ARGUMENTS,
         "return position_ids[-3:]",
         "return position_ids[:3]",
         *dense("Qwen2VL-greedy", "Qwen3VL-greedy", "Qwen2.5VL-greedy"),
