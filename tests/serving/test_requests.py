@@ -243,7 +243,7 @@ def engine_config(**changes):
             enable_dbo=False, use_ubatching=False,
         ),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=2048),
-        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False, cache_dtype="auto"),
         lora_config=None, speculative_config=None, kv_transfer_config=None, ec_transfer_config=None,
     )  # fmt: skip
     for name, value in changes.items():
@@ -276,6 +276,7 @@ def engine_config(**changes):
         ("model_config__runner_type", "pooling", "pooling"),
         ("model_config__architecture", "Gemma3ForConditionalGeneration", "Gemma3"),
         ("model_config__hf_text_config__alibi", True, "ALiBi"),
+        ("cache_config__cache_dtype", "fp8", "quantised KV cache"),
         ("cache_config__kv_sharing_fast_prefill", True, "fast prefill"),
         ("model_config__multimodal_config__language_model_only", True, "text-only"),
     ],

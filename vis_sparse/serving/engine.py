@@ -132,6 +132,8 @@ def _noted(original, processor, *args, **kwargs):
     desk = _desk(processor)
     if desk is None or request.sampling_params is None:
         return request
+    if request.resumable:
+        raise ServingError("got a session whose input goes on (resumable), expected whole prompts under a plan")
     params = request.sampling_params  # the processor's own copy
     ranges = visual_ranges(request.mm_features or ())
     note = note_of(desk.loaded, ranges, asked_plan(params.extra_args))

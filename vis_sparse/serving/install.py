@@ -51,6 +51,7 @@ def install(model: nn.Module, vllm_config: VllmConfig, loaded: Loaded, shape: Te
     model.forward = forward
     setattr(model, RUNTIME, runtime)
     model.vis_sparse_forward = forward
+    model.load_weights = _no_reload
     model.get_model_state_cls = lambda: _state_class(runtime)  # what Model Runner V2 asks for
     parts = nn.ModuleList([*forward.keys.values(), *forward.ffns.values()])
     extra = sum(part.bytes for part in parts.modules() if isinstance(part, CutLinear))
@@ -60,6 +61,13 @@ def install(model: nn.Module, vllm_config: VllmConfig, loaded: Loaded, shape: Te
         loaded.names[0],
         sum(not kinds.is_dense for kinds in runtime.layers),
         extra / 2**20,
+    )
+
+
+def _no_reload(*args, **kwargs):
+    raise ServingError(
+        "got new weights for a model under a plan, expected an engine made anew (visual rows use parts that were cut "
+        "from the weights when they were loaded)"
     )
 
 

@@ -12,6 +12,7 @@ FAMILIES = {
     "InternVLForConditionalGeneration": "InternVL",
     "InternVLChatModel": "InternVL",
 }
+PLAIN_CACHES = ("auto", "float16", "bfloat16", "float32")
 
 
 def check_engine(config) -> None:
@@ -38,6 +39,7 @@ def check_engine(config) -> None:
             getattr(model.multimodal_config, "video_pruning_rate", None)
         ),
         "quantised weights (--quantization)": model.quantization is not None,
+        "a quantised KV cache (--kv-cache-dtype)": config.cache_config.cache_dtype not in PLAIN_CACHES,
         "sliding-window attention": model.get_sliding_window() is not None,
         "bidirectional attention over images": model.is_mm_prefix_lm,
         "multi-head latent attention": model.use_mla,

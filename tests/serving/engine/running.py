@@ -76,6 +76,18 @@ class Ask:
         )  # fmt: skip
 
 
+# functions that are sent to the workers
+
+
+def rows_entered(model) -> tuple[dict, int]:
+    """Rows that entered each layer's attention and FFN so far, and rows that were scheduled."""
+    return model.vis_sparse_forward.rows_entered, model.vis_sparse_forward.rows_scheduled
+
+
+def has_its_own_forward(model) -> bool:
+    return model.forward.__func__ is type(model).forward
+
+
 def answers(llm, asks: list[Ask]) -> list:
     return llm.generate([ask.prompt for ask in asks], [ask.params for ask in asks], use_tqdm=False)
 

@@ -7,7 +7,7 @@ from vis_sparse.eval.random_checkpoint import random_llava
 from vis_sparse.plans.schedule import schedule
 
 from .harness import TOLERANCE, Reference, plan_files
-from .running import DEFAULT, Ask, answers, engine, worst
+from .running import DEFAULT, Ask, answers, engine, rows_entered, worst
 
 PLANS = ("vica", "dense", "vtw", "shortv", "vskip", "mix")
 
@@ -33,21 +33,13 @@ def llm(folder, plans):
         yield running
 
 
-def counted(llm):
-    def rows(model):
-        return model.vis_sparse_forward.rows_entered, model.vis_sparse_forward.rows_scheduled
-
-    [found] = llm.apply_model(rows)
-    return found
-
-
 @pytest.mark.parametrize("plan", PLANS)
 def test_rows_and_answers_of_a_plan(llm, plan, against, plans):
     """A prompt of one image: what enters each layer is what the schedule says, and what it answers is right."""
-    (before, scheduled), ask = counted(llm), Ask(100 + PLANS.index(plan), 1, plan)
+    [(before, scheduled)], ask = llm.apply_model(rows_entered), Ask(100 + PLANS.index(plan), 1, plan)
     distance, [output] = worst(llm, [ask], against, plans)
     assert distance < TOLERANCE and not output.num_cached_tokens
-    after, total = counted(llm)
+    [(after, total)] = llm.apply_model(rows_entered)
     rows = len(output.prompt_token_ids) + ask.tokens - 1
     assert total - scheduled == rows
     config = against.model.config.text_config

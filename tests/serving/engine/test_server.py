@@ -1,4 +1,4 @@
-"""`vllm serve`, compiled, over HTTP: chat with images, streams, a plan by request, errors, aborts, metrics."""
+"""The OpenAI-compatible server, compiled: chat with images, streams, a plan by request, errors, aborts, metrics."""
 
 import base64
 import io
@@ -42,7 +42,7 @@ def server(folder, plans, tmp_path_factory):
         port = free.getsockname()[1]
     others = [source for name, source in plan_files(plans).items() if name != DEFAULT]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder),
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
         "--port", str(port), "--host", "127.0.0.1",
         "--dtype", "float32", "--max-model-len", "640", "--block-size", "32", "--max-num-batched-tokens", "64",
         "--max-num-seqs", "6", "--max-logprobs", "70", "--num-gpu-blocks-override", "60", "--served-model-name", "tiny",

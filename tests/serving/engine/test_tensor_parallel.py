@@ -3,7 +3,7 @@
 from vis_sparse.eval.random_checkpoint import random_llava
 
 from .harness import TOLERANCE, Reference
-from .running import Ask, engine, worst
+from .running import Ask, engine, rows_entered, worst
 
 
 def test_two_workers(tmp_path):
@@ -12,5 +12,5 @@ def test_two_workers(tmp_path):
     with engine(folder, plans, tensor_parallel_size=2) as llm:
         asks = [Ask(i, i % 3, plan) for i, plan in enumerate([None, "mix", "dense", "vtw", "shortv", "mix"])]
         assert worst(llm, asks, against, plans)[0] < TOLERANCE
-        rows = llm.apply_model(lambda model: model.vis_sparse_forward.rows_entered)
+        rows = llm.apply_model(rows_entered)
         assert len(rows) == 2 and rows[0] == rows[1]
