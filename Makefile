@@ -9,6 +9,7 @@ FAMILY ?= llava
 RESULTS ?=
 TINY ?=
 MUTANTS ?=
+GPU ?=
 PYTEST ?= -n 2 -q
 FUZZ ?= --cases 100000
 OLD := .venv-old
@@ -22,7 +23,7 @@ LLAVA := --no-deps llava-torch==1.2.2.post1
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test test-fast test-old test-next setup-vllm test-vllm soak-vllm bench-vllm fuzz lint types package docs figures bench results tiny clean
+.PHONY: help setup demo test test-fast test-old test-next setup-vllm test-vllm soak-vllm bench-vllm fuzz mutants lint types package docs figures bench gpu results tiny clean
 help:
 	@echo "make demo    the shipped tiny LLaVA, dense and under three plans, on held-out images: table, PNG, HTML page"
 	@echo "make test    the tests"
@@ -40,6 +41,7 @@ help:
 	@echo "make docs    the documentation as a site in site/; a broken link fails"
 	@echo "make figures  the pictures of README and docs, drawn again from the plans"
 	@echo "make bench   time of a prefill and a decode step at the width of LLaVA-1.5-7B (8 layers, 6.5 GB of weights)"
+	@echo "make gpu     on a GPU, with the Python there: tests, ceilings, kernels, whole models, in 9 minutes; GPU=--dry tries it"
 	@echo "make results  every plan and its peers through lmms-eval on the shipped models: the tables of docs/results.md"
 	@echo "make tiny    train the tiny LLaVA again from nothing (under 90 minutes on 2 cores), or another: FAMILY=qwen2_vl, internvl"
 
@@ -120,6 +122,10 @@ figures: $(READY)
 
 bench: $(READY)
 	$(BIN)/vis-sparse bench $(BENCH)
+
+# no environment of its own: a lent machine has torch and triton, and no network
+gpu:
+	PYTHONPATH=. $(PYTHON) -m vis_sparse.eval.gpu run $(GPU)
 
 results: $(READY)
 	$(BIN)/python -m vis_sparse.eval.results $(RESULTS)

@@ -7,10 +7,14 @@ import torch
 from triton import language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from vis_sparse.kernels import reference, tiled, triton_backend, tuning
+from vis_sparse.kernels import reference, tables, tiled, tilings, triton_backend, tuning
+from vis_sparse.kernels.patterns import VisualPattern
 from vis_sparse.kernels.tuning import Blocks
+from vis_sparse.layout.layout import VisualLayout
+from vis_sparse.layout.packing import pack
+from vis_sparse.plans.layer_plan import Neighborhood
 
-from .cases import LAYOUTS, PATTERNS, errors, inputs, text_pattern, visual_pattern
+from .cases import CPU, LAYOUTS, PATTERNS, errors, inputs, text_pattern, visual_pattern
 from .executor import largest_difference
 
 # small shapes: the interpreter takes milliseconds for every block
@@ -106,11 +110,72 @@ def test_half_precision(dtype, true_bfloat16):
 
 @pytest.mark.parametrize("positions, keys", [(64, 64), (16, 32), (4, 16)])
 def test_tile_sizes(positions, keys, monkeypatch):
+    """With a loop for steps in the core of a box wherever there is one."""
     monkeypatch.setattr(tuning, "near_blocks", lambda *_: Blocks(positions, keys, 4, 1))
+    monkeypatch.setattr(tilings, "_CORE_SHARE", 0)
     for name in ("causal", "aligned"):
         pattern = visual_pattern("ragged", PATTERNS[name])
         found = errors(triton_backend, pattern, inputs(pattern, 3, 1, 16))
         assert max(found.values()) <= 1e-5, found
+
+
+@pytest.mark.parametrize("direction", ["both", "causal"])
+def test_tile_core(direction, monkeypatch):
+    """Small steps in wide windows: of every frame, some in the core of a box and some around it."""
+
+    def small(near, segments, runs, positions, entries, of_keys=False):
+        grids = [(*map(int, segment[3:6]), 0) for segment in segments]
+        tiling = tilings._tiling(near, grids, (2, 2), (2, 2), of_keys)
+        assert tiling.has_core
+        return tiling
+
+    monkeypatch.setattr(tilings, "_CORE_SHARE", 0)
+    monkeypatch.setattr(tables, "best_tiling", small)
+    monkeypatch.setattr(tuning, "near_blocks", lambda *_: Blocks(4, 4, 4, 1))
+    monkeypatch.setattr(tuning, "key_gradient_blocks", lambda *_: Blocks(4, 4, 4, 1))
+    packed = pack(VisualLayout.from_grids([[(1, (2, 5, 7))]]), 71)
+    pattern = VisualPattern(Neighborhood(3, direction, frames=1), packed.visual, packed.slots(), CPU)
+    found = errors(triton_backend, pattern, inputs(pattern, 1, 1, 16))
+    assert max(found.values()) <= 1e-5, found
+
+
+@pytest.mark.parametrize("splits", [2, 3])
+def test_text_gradients_in_parts(splits, monkeypatch):
+    monkeypatch.setattr(tuning, "key_gradient_splits", lambda *_: splits)
+    for pattern in (visual_pattern("ragged", PATTERNS["near"]), text_pattern("long text", (True, False, True))):
+        found = errors(triton_backend, pattern, inputs(pattern, 3, 1 if splits == 2 else 3, 16))
+        assert max(found.values()) <= 1e-5, found
+
+
+def rounded_to_tf32(x):
+    return ((x.view(np.uint32) + 0x1000) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+@pytest.fixture
+def three_tf32(monkeypatch):
+    """The interpreter multiplies float32 as it is; here as a GPU does under "tf32x3"."""
+    product, used = InterpreterBuilder.create_dot, []
+
+    def create_dot(self, a, b, d, precision, *args):
+        if a.data.dtype != np.float32:
+            return product(self, a, b, d, precision, *args)
+        used.append(precision)
+        high = [rounded_to_tf32(np.ascontiguousarray(t.data)) for t in (a, b)]
+        low = [rounded_to_tf32(np.ascontiguousarray(t.data) - part) for t, part in zip((a, b), high)]
+        found = low[0] @ high[1] + high[0] @ low[1] + high[0] @ high[1] + d.data
+        return TensorHandle(found.astype(np.float32), d.dtype.scalar)
+
+    monkeypatch.setattr(tuning, "precision", lambda *_: "tf32x3")
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    return used
+
+
+def test_text_in_tf32x3(three_tf32):
+    """Float32 on tensor cores: three products of TF32 stay within what float32 is held to, where one would not."""
+    for pattern in (visual_pattern("primes", PATTERNS["near"]), text_pattern("long text")):
+        found = errors(triton_backend, pattern, inputs(pattern, 2, 1, 64))
+        assert max(found.values()) <= 1e-5, found
+    assert three_tf32 and {str(precision) for precision in three_tf32} != {"IEEE"}
 
 
 @pytest.mark.parametrize("layout, blind", TEXTS)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vis_sparse.cost.pairs import lane_pairs, near_pairs
-from vis_sparse.kernels import flex, get_backend, reference, tables, tiled
+from vis_sparse.kernels import flex, get_backend, reference, tables, tiled, tilings
 from vis_sparse.kernels.patterns import VisualPattern, visible
 from vis_sparse.layout.layout import VisualLayout
 from vis_sparse.layout.packing import Coordinates, pack
@@ -115,7 +115,7 @@ def grid_pattern(side: int, attention) -> tuple[VisualPattern, int]:
 def test_executed_over_ideal_pairs(radius, torch_bound, triton_bound):
     pattern, ideal = grid_pattern(48, Neighborhood(radius, "both"))
     assert 1 <= pattern.tiles.pairs / ideal <= torch_bound
-    assert 1 <= tables.near_tables(pattern, 16).pairs / ideal <= triton_bound
+    assert 1 <= tables.near_tables(pattern, 8, 64).pairs / ideal <= triton_bound
 
 
 def test_work_of_tiles_is_linear_in_tokens():
@@ -143,3 +143,65 @@ def test_runs_are_the_causal_rule(layout):
             columns = pattern.query_columns.reshape(-1, 1, 1)
             expected = flat.valid & (flat.column <= columns) & (flat.sample == samples[:, None, None])
         assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_programs_with_most_work_start_first(layout):
+    for pattern in (text_pattern(layout), visual_pattern(layout, "full")):
+        table = tables.run_tables(pattern, 4)
+        runs, offsets = table.runs.numpy(), table.offsets.numpy()
+        walked = [
+            sum(np.clip(last - runs[offsets[b] : offsets[b + 1], 2] + 1, 0, runs[offsets[b] : offsets[b + 1], 1]))
+            for b, _, _, _, last in table.blocks.numpy()
+        ]
+        assert walked == sorted(walked, reverse=True)
+        keys = tables.key_blocks(pattern, 4).numpy()
+        assert (np.diff(keys[:, 6] - keys[:, 5]) <= 0).all()
+
+
+@pytest.mark.parametrize("thinned", [False, True], ids=["whole", "thinned"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_keys_are_written_once(layout, thinned):
+    """Every slot, padding too, by one program: the gradients are allocated, not filled."""
+    attended = [PATTERNS["near"], "full"] if not thinned else ["full"]
+    for pattern in [text_pattern(layout, thinned=thinned)] + [
+        visual_pattern(layout, a, thinned=thinned) for a in attended
+    ]:
+        written = np.zeros(pattern.slots.valid.shape, dtype=int)
+        for sample, slot, count, *_ in tables.key_blocks(pattern, 4).numpy():
+            written[sample, slot : slot + count] += 1
+        if isinstance(pattern, VisualPattern) and pattern.attention != "full":
+            segments, _ = tables._segments(pattern)
+            tiles, (height, width, *_) = tables.key_tiles(pattern, 8, 4)
+            for segment, t, y, x in tiles.numpy():
+                sample, _, slot, frames, rows, columns, _, _ = segments[segment]
+                own = written[sample, slot : slot + frames * rows * columns].reshape(frames, rows, columns)
+                own[t, y : y + height, x : x + width] += 1
+        assert (written == 1).all()
+
+
+@pytest.mark.parametrize("attention", [p for p in PATTERNS.values() if p != "full"], ids=str)
+def test_tilings_count_what_the_rule_says(attention):
+    """The box of a tile against the keys that its queries read one by one; no step without a core is called one."""
+    for height, width in ((7, 11), (19, 1), (1, 37)):
+        pattern = VisualPattern(attention, *_coordinates(height, width), CPU)
+        segments, runs = tables._segments(pattern)
+        tiling = tilings.best_tiling(attention, segments, runs, 8, 4)
+        read = pattern.dense_mask.allowed.numpy().reshape(height, width, height, width)
+        sizes = []
+        for y in range(0, height, tiling.tile[0]):
+            for x in range(0, width, tiling.tile[1]):
+                tile = read[y : y + tiling.tile[0], x : x + tiling.tile[1]].any((0, 1))
+                rows, columns = np.flatnonzero(tile.any(1)), np.flatnonzero(tile.any(0))
+                sizes.append((np.ptp(rows) + 1) * (np.ptp(columns) + 1))
+        # under "causal" the last row of a box ends before the box does
+        over = tiling.entries - np.array(sizes)
+        assert (over == 0).all() if attention.direction == "both" else (over >= 0).all()
+        assert tiling.walked >= 8 * tiling.entries.sum()
+        if attention.radius == 0:
+            assert not tiling.has_core or attention.stride > 1
+
+
+def _coordinates(height: int, width: int) -> tuple[Coordinates, Coordinates]:
+    packed = pack(VisualLayout.from_grids([[(0, (1, height, width))]]), height * width)
+    return packed.visual, packed.slots()

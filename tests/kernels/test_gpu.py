@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from vis_sparse.kernels import get_backend, reference, tiled
+from vis_sparse.kernels import fused, fused_operations, get_backend, reference, tiled
 
 from .cases import LAYOUTS, PATTERNS, errors, inputs, text_pattern, visual_pattern
 from .executor import largest_difference
+from .fused_cases import largest_error, rotation, rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,3 +66,39 @@ def test_compiled_call():
 @torch.no_grad()
 def test_executor(scenario, semantics):
     assert largest_difference("triton", scenario, "llama-gqa", semantics, torch.float32, GPU) <= 1e-4
+
+
+FUSED = {
+    "rms_norm": (rows(300, 3584), rows(1, 3584, seed=1)[0], 1e-5),
+    "rotate": (rows(40, 28, 128), *rotation(40, 128), rows(1, 128, seed=1)[0], 1e-6),
+    "silu_mul": (rows(40, 9000), rows(40, 9000, seed=1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("name", FUSED)
+def test_fused(name, dtype):
+    """Rounded once: no worse than torch, which rounds after every step."""
+    arguments = [a.to(GPU, dtype) if torch.is_tensor(a) else a for a in FUSED[name]]
+    kernels = fused_operations(arguments[0])
+    assert kernels is not fused
+    bound = 1e-5 if dtype == torch.float32 else 1.5 * largest_error(name, fused, *arguments)
+    assert largest_error(name, kernels, *arguments) <= bound
+
+
+@torch.no_grad()
+def test_fused_in_place():
+    make = {"device": GPU, "dtype": torch.bfloat16}
+    x, deltas = rows(9, 4096).to(**make), [rows(4, 4096, seed=1).to(**make), rows(3, 4096, seed=2).to(**make)]
+    weight, key, value = rows(1, 4096)[0].to(**make), rows(9, 4, 128).to(**make), rows(9, 4, 128, seed=3).to(**make)
+    index = {"device": GPU, "dtype": torch.int32}
+    places, units = torch.randperm(20, **index)[:9], torch.tensor([3, 1], **index)
+    found = []
+    for module in (fused_operations(x), fused):
+        changed, stores = x.clone(), [torch.zeros(20, 2, 128, **make) for _ in range(2)]
+        normed = module.add_rms_norm(changed, deltas, weight, 1e-5, 2)[1]
+        cos, sin = (t.to(**make) for t in rotation(9, 128))
+        query = module.rotate_into(key, key, value, cos, sin, fused.Slots(*stores, places, units))
+        found.append((changed, normed, query, *stores))
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)

@@ -61,8 +61,8 @@ def test_compiled_ahead_of_time(kernel, target, record_property):
     assert found.shared <= SHARED_LIMITS[target]
     if target.startswith("sm_"):
         assert found.spills == 0
-    if kernel.name == "combine":
-        return
+    if not kernel.name.startswith(("near", "runs", "mass")):
+        return  # no matrix product
     # a wgmma or tcgen05 has 64 rows: decode and the small tiles of a grid have 16
     if "decode" in kernel.name or "small" in kernel.name:
         instruction = {"gfx942": "v_mfma"}.get(target, "mma.sync")

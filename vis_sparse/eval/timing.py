@@ -8,7 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -62,10 +62,17 @@ def machine_facts(device: torch.device) -> dict:
         "device": str(device) if device.type != "cuda" else torch.cuda.get_device_name(device),
         "system": f"{platform.system()} {platform.machine()}",
     }
-    versions = {name: version(name) for name in ("vis_sparse", "torch", "transformers")}
+    versions = {name: _version(name) for name in ("vis_sparse", "torch", "transformers", "triton")}
     versions["python"] = platform.python_version()
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {"machine": machine, "versions": versions, "date": date}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"  # a checkout run from its folder
 
 
 def _cpu_model() -> str:

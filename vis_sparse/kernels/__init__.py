@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 
 BACKENDS = {"reference": "reference", "torch": "tiled", "flex": "flex", "triton": "triton_backend"}
 VARIABLE = "VIS_SPARSE_BACKEND"
+_FUSED = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -72,3 +74,12 @@ def _by_device() -> Backend:
         return call
 
     return Backend("auto", choose("text_attention"), choose("visual_attention"), choose("attention_mass"))
+
+
+def fused_operations(x: torch.Tensor) -> ModuleType:
+    """The module with the operations of `fused.py` for tensors like x: that one, or the one that launches kernels.
+
+    Those are for 16 and 32-bit tensors on a GPU. While compiling it is the torch form: a compiler fuses that itself.
+    """
+    fits = x.device.type == "cuda" and x.dtype in _FUSED and not torch.compiler.is_compiling()
+    return import_module(".fused_launches" if fits and find_spec("triton") else ".fused", __name__)

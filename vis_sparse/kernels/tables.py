@@ -5,7 +5,8 @@ or all visual. Within a run the column is the slot plus a constant, so that caus
 query at column c reads the first `c - first_column + 1` slots of it. A prompt has one run a segment and one a stretch
 of text between segments, whatever its length.
 
-All tables are int32; they are made on the host once per pattern and configuration and kept on the device.
+All tables are int32; they are made on the host once per pattern and configuration and kept on the device. Blocks and
+tiles are in the order in which their programs start: those with most to walk first, so that none of them is the last.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 
 from ..layout.packing import Coordinates, on_device
 from ..plans.layer_plan import Neighborhood
-from .patterns import TextPattern, VisualPattern, window
+from .patterns import TextPattern, VisualPattern
+from .tilings import best_tiling
 
 Pattern = TextPattern | VisualPattern
 
@@ -44,13 +46,14 @@ class NearTables:
 
     tiles: (tiles, 4) segment, frame, first row and column of every tile of queries. segments: (segments, 8) sample,
     first packed row, first slot, frames, height, width, and the range of its text runs. runs: text runs, as in
-    `RunTables`. sides: height and width of a tile. pairs: query-key pairs of one head in the tiles that are walked.
+    `RunTables`. sides: of tiles and of the steps in which their boxes are walked (`Tiling.sides`). pairs: query-key
+    pairs of one head in the boxes that are walked.
     """
 
     tiles: torch.Tensor
     segments: torch.Tensor
     runs: torch.Tensor
-    sides: tuple[int, int]
+    sides: tuple[int, ...]
     pairs: int
 
 
@@ -63,25 +66,38 @@ def run_tables(pattern: Pattern, block: int) -> RunTables:
         for start in range(first, first + count, block):
             own = columns[start : min(start + block, first + count)]
             blocks.append((sample, start, len(own), own.min(), own.max()))
-    pairs = 0
-    for sample, _, count, _, last in blocks:
+    walked = np.zeros(len(blocks), dtype=np.int64)
+    for index, (sample, _, _, _, last) in enumerate(blocks):
         _, lengths, first_columns, _ = runs[offsets[sample] : offsets[sample + 1]].T
-        pairs += count * int(np.clip(last - first_columns + 1, 0, lengths).sum())
-    return RunTables(*(_table(t, device) for t in (columns, np.array(blocks).reshape(-1, 5), offsets, runs)), pairs)
+        walked[index] = np.clip(last - first_columns + 1, 0, lengths).sum()
+    blocks = np.array(blocks, dtype=np.int64).reshape(-1, 5)
+    pairs = int((blocks[:, 2] * walked).sum())
+    blocks = _most_first(blocks, walked)
+    return RunTables(*(_table(t, device) for t in (columns, blocks, offsets, runs)), pairs)
+
+
+def _most_first(programs: np.ndarray, work: np.ndarray) -> np.ndarray:
+    """Rows in falling order of work; equal ones stay next to each other, since they read the same keys."""
+    return programs[np.argsort(-work, kind="stable")]
 
 
 def key_blocks(pattern: Pattern, block: int) -> torch.Tensor:
     """Blocks of at most `block` keys with the queries that read them, for the gradients of keys and values.
 
     (blocks, 7): sample, first slot, keys, first column, is visual, and the packed query rows that read them: from the
-    first row up to the end of the sample. Under a neighbourhood only text runs have blocks, and rows are those of the
-    segments behind them.
+    first row up to the end of the sample. Under a neighbourhood of visual runs only those have blocks that no tile of
+    keys covers, and rows are those of the segments behind a text run. What nobody reads (padding, segments of earlier
+    calls) has blocks without rows: their gradients are written all the same.
     """
     offsets, runs = _runs(pattern.slots)
     columns, found = _columns(pattern), []
     near = isinstance(getattr(pattern, "attention", None), Neighborhood)
     for sample, (first, count) in enumerate(_query_rows(pattern)):
         own = columns[first : first + count]
+        unread = ~pattern.slots.valid[sample]
+        if near:
+            visual = pattern.slots.is_visual[sample]
+            unread |= visual & ~np.isin(pattern.slots.segment[sample], pattern.query.segment[first : first + count])
         for slot, length, column, is_visual in runs[offsets[sample] : offsets[sample + 1]]:
             if near and is_visual:
                 continue
@@ -89,28 +105,34 @@ def key_blocks(pattern: Pattern, block: int) -> torch.Tensor:
                 row = first + np.searchsorted(own, column + start)
                 size = min(block, length - start)
                 found.append((sample, slot + start, size, column + start, is_visual, row, first + count))
-    return _table(np.array(found).reshape(-1, 7), pattern.device)
+        for slot, length in _stretches(unread):
+            for start in range(0, length, block):
+                found.append((sample, slot + start, min(block, length - start), 0, 0, first, first))
+    found = np.array(found, dtype=np.int64).reshape(-1, 7)
+    return _table(_most_first(found, found[:, 6] - found[:, 5]), pattern.device)
 
 
-def near_tables(pattern: VisualPattern, positions: int) -> NearTables:
-    """For a neighbourhood, in tiles of `positions` queries (a power of two)."""
+def _stretches(chosen: np.ndarray) -> list[tuple[int, int]]:
+    """First index and length of every stretch of True."""
+    edges = np.flatnonzero(np.diff(chosen.astype(np.int8), prepend=0, append=0))
+    return list(zip(edges[::2], edges[1::2] - edges[::2]))
+
+
+def near_tables(pattern: VisualPattern, positions: int, keys: int) -> NearTables:
+    """For a neighbourhood, in tiles of `positions` queries and steps of `keys` (powers of two)."""
     segments, runs = _segments(pattern)
-    sides = _best_sides(pattern.attention, segments, runs, positions)
-    tables = (_table(t, pattern.device) for t in (grid_tiles(segments, sides), segments, runs))
-    return NearTables(*tables, sides, _walked(pattern.attention, segments, runs, sides))
+    tiling = best_tiling(pattern.attention, segments, runs, positions, keys)
+    tiles = _most_first(grid_tiles(segments, tiling.tile), tiling.entries)
+    tables = (_table(t, pattern.device) for t in (tiles, segments, runs))
+    return NearTables(*tables, tiling.sides, positions * int(tiling.entries.sum()))
 
 
-def key_tiles(pattern: VisualPattern, positions: int) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Tiles of `positions` keys, (tiles, 4) as in `NearTables`, and their sides."""
+def key_tiles(pattern: VisualPattern, positions: int, queries: int) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Tiles of `positions` keys, (tiles, 4) as in `NearTables`, and the sides of tiles and of steps of `queries`."""
     segments, runs = _segments(pattern)
-    sides = _best_sides(pattern.attention, segments, runs, positions)
-    return _table(grid_tiles(segments, sides), pattern.device), sides
-
-
-def _best_sides(near: Neighborhood, segments, runs, positions: int) -> tuple[int, int]:
-    """Height and width, powers of two, of the tiles of `positions` that walk the fewest pairs; square ones first."""
-    shapes = [(1 << i, positions >> i) for i in range(positions.bit_length())]
-    return min(shapes, key=lambda sides: (_walked(near, segments, runs, sides), abs(sides[0] - sides[1])))
+    tiling = best_tiling(pattern.attention, segments, runs, positions, queries, of_keys=True)
+    tiles = _most_first(grid_tiles(segments, tiling.tile), tiling.entries)
+    return _table(tiles, pattern.device), tiling.sides
 
 
 def grid_tiles(segments: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
@@ -121,30 +143,6 @@ def grid_tiles(segments: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
         t, y, x = np.meshgrid(*axes, indexing="ij")
         found.append(np.stack([np.full(t.size, index), t.ravel(), y.ravel(), x.ravel()], axis=1))
     return np.concatenate(found)
-
-
-def _walked(near: Neighborhood, segments, runs, sides) -> int:
-    """Pairs of one head: every tile, whole, over the text before it and the box of keys its windows cover."""
-    total = 0
-    for _, _, _, frames, height, width, low, high in segments:
-        text = int(runs[low:high, 1].sum())
-        rows = _box_sides(near, height, sides[0], near.direction == "causal" and near.frames == 0)
-        columns = _box_sides(near, width, sides[1], False)
-        t = np.arange(frames)
-        last = t if near.direction == "causal" else np.minimum(t + near.frames, frames - 1)
-        boxes = (last - np.maximum(t - near.frames, 0) + 1).sum() * rows.sum() * columns.sum()
-        total += sides[0] * sides[1] * (int(boxes) + frames * len(rows) * len(columns) * text)
-    return int(total)
-
-
-def _box_sides(near: Neighborhood, side: int, tile: int, up_to_query: bool) -> np.ndarray:
-    """How many keys the box of each tile spans along one axis."""
-    first = np.arange(0, side, tile)
-    last = np.minimum(first + tile, side) - 1
-    low, _ = window(near, first, side)
-    _, high = window(near, last, side)
-    high = last if up_to_query else np.minimum(high, side - 1)
-    return high - np.maximum(low, 0) + 1
 
 
 def _segments(pattern: VisualPattern) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ from ..plans.layer_plan import Neighborhood
 from . import tiled, triton_ops, tuning
 from .patterns import StepPattern, TextPattern, VisualPattern
 from .tables import key_blocks, key_tiles, near_tables, run_tables
+from .triton_boxes import MOST_SIDE
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _WIDEST = 256
@@ -36,21 +37,22 @@ def visual_attention(
     """As `reference.visual_attention`."""
     if not isinstance(pattern.attention, Neighborhood):
         return _runs(query, key, value, pattern, scale, None, query.shape[0])
-    if not pattern.has_whole_grids:  # the kernels find neighbours by place in the grid
+    if not pattern.derive(_has_places):
         return tiled.visual_attention(query, key, value, pattern, scale)
     query, key, value = _checked(query, key, value)
     (_, heads, head_dim), kv_heads = query.shape, key.shape[2]
     size, near = query.element_size(), pattern.attention
     programs = -(-query.shape[0] // 64) * kv_heads
     config = tuning.near_blocks(head_dim, size, heads // kv_heads, programs, tuning.device_of(query))
-    tables = pattern.derive(near_tables, config.queries)
+    tables = pattern.derive(near_tables, config.queries, config.keys)
     columns = blocks = tiles = None
-    sides = (1, 1)
+    sides = (1,) * 5
     if _wants_gradients(query, key, value):
-        block = tuning.key_gradient_blocks(head_dim, size, tuning.device_of(query)).keys
-        columns, blocks = pattern.derive(_query_columns), pattern.derive(key_blocks, block)
-        tiles, sides = pattern.derive(key_tiles, block)
-    rule = (near.radius, near.frames, near.stride, int(near.direction == "causal"))
+        block = tuning.key_gradient_blocks(head_dim, size, tuning.device_of(query))
+        columns, blocks = pattern.derive(_query_columns), pattern.derive(key_blocks, block.keys)
+        tiles, sides = pattern.derive(key_tiles, block.keys, block.queries)
+    frames = min(near.frames, pattern.derive(_last_frame))
+    rule = (near.radius, frames, near.stride, int(near.direction == "causal"))
     out, _ = triton_ops.near(
         query, key, value, tables.tiles, tables.segments, tables.runs, columns, blocks, tiles, scale, rule,
         tables.sides, sides, [*config], tables.pairs,
@@ -115,3 +117,14 @@ def _blind(pattern: TextPattern) -> torch.Tensor | None:
 
 def _query_columns(pattern: VisualPattern) -> torch.Tensor:
     return on_device(pattern.query.column.astype(np.int32), pattern.device)
+
+
+def _last_frame(pattern: VisualPattern) -> int:
+    """Of the longest segment; 0 for images."""
+    return int(pattern.query.frame.max(initial=0))
+
+
+def _has_places(pattern: VisualPattern) -> bool:
+    """Whether the kernels can find neighbours by place in the grid: no holes, and no side too long for half a word."""
+    query = pattern.query
+    return pattern.has_whole_grids and max(query.height.max(initial=0), query.width.max(initial=0)) < MOST_SIDE

@@ -1,12 +1,13 @@
-"""What all Triton kernels share: reading rows, one step of the online softmax, the window of a grid, rows of a tile."""
+"""What all Triton kernels share: reading rows, one step of the online softmax, and of its gradients.
+
+PRECISION: how products of float32 are done (`tuning.precision`); without effect on fp16 and bf16.
+"""
 
 from __future__ import annotations
 
 import triton
 from triton import language as tl
 
-# fp32 products in fp32: TF32 has 10 bits, the tolerance is 1e-5. Without effect on fp16 and bf16.
-PRECISION = tl.constexpr("ieee")
 NOTHING = tl.constexpr(float("-inf"))
 
 
@@ -30,7 +31,7 @@ def store_rows(base, offsets, value, present, HEAD_DIM: tl.constexpr, BLOCK_D: t
 
 
 @triton.jit
-def softmax_step(scores, value, acc, top, total):
+def softmax_step(scores, value, acc, top, total, PRECISION: tl.constexpr):
     """One block of keys into the online softmax. scores (rows, keys) are in base 2, NOTHING where not read.
 
     acc (rows, BLOCK_D), top and total (rows,): unnormalised output, running maximum and sum.
@@ -46,7 +47,7 @@ def softmax_step(scores, value, acc, top, total):
 
 
 @triton.jit
-def query_gradient_step(scores, key, value, grad_out, lse, delta, acc):
+def query_gradient_step(scores, key, value, grad_out, lse, delta, acc, PRECISION: tl.constexpr):
     """One block of keys into the gradient of queries, before the scale. lse, delta: (rows,)."""
     weights = tl.exp2(scores - lse[:, None])
     grad_weights = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION)
@@ -55,7 +56,7 @@ def query_gradient_step(scores, key, value, grad_out, lse, delta, acc):
 
 
 @triton.jit
-def key_gradient_step(scores, query, value, grad_out, lse, delta, grad_key, grad_value):
+def key_gradient_step(scores, query, value, grad_out, lse, delta, grad_key, grad_value, PRECISION: tl.constexpr):
     """One block of queries into the gradients of keys (before the scale) and values. scores: (keys, rows)."""
     weights = tl.exp2(scores - lse[None, :])
     grad_value = tl.dot(weights.to(grad_out.dtype), grad_out, grad_value, input_precision=PRECISION)
@@ -71,26 +72,3 @@ def load_statistics(lse_ptr, delta_ptr, index, present):
     lse = tl.load(lse_ptr + index, mask=present, other=0.0)
     delta = tl.load(delta_ptr + index, mask=present, other=0.0)
     return tl.where(lse == NOTHING, 0.0, lse), delta
-
-
-@triton.jit
-def keys_of(first, last, side, RADIUS: tl.constexpr, STRIDE: tl.constexpr):
-    """First and last key coordinate on one axis that queries `first` to `last` read."""
-    low = first // STRIDE * STRIDE - RADIUS
-    high = last // STRIDE * STRIDE + STRIDE - 1 + RADIUS
-    return tl.maximum(low, 0), tl.minimum(high, side - 1)
-
-
-@triton.jit
-def queries_of(first, last, side, RADIUS: tl.constexpr, STRIDE: tl.constexpr):
-    """First and last query coordinate on one axis that read keys `first` to `last`: the inverse of `keys_of`."""
-    low = tl.maximum(first - RADIUS, 0) // STRIDE * STRIDE
-    high = (last + RADIUS) // STRIDE * STRIDE + STRIDE - 1
-    return low, tl.minimum(high, side - 1)
-
-
-@triton.jit
-def in_window(query, key, RADIUS: tl.constexpr, STRIDE: tl.constexpr):
-    """Whether keys lie in the windows of queries on one axis; a block of STRIDE queries shares its window."""
-    block = query // STRIDE * STRIDE
-    return (key >= block - RADIUS) & (key < block + STRIDE + RADIUS)

@@ -12,13 +12,15 @@ from .triton_runs import block_scores, run_bounds
 @triton.jit
 def walk_mass(
     query, top, total, visual, key_base, low, high, stride_ks, column, shift, is_visual, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     for start in range(low, high, BLOCK_N):
         slots = start + tl.arange(0, BLOCK_N)
         _, scores = block_scores(
-            query, key_base, slots, high, stride_ks, column, shift, 0, scale, HEAD_DIM, BLOCK_D, MASKED, False
-        )
+            query, key_base, slots, high, stride_ks, column, shift, 0, scale,
+            HEAD_DIM, BLOCK_D, PRECISION, MASKED, False,
+        )  # fmt: skip
         new_top = tl.maximum(top, tl.max(scores, 1))
         anchor = tl.where(new_top == NOTHING, 0.0, new_top)
         mass = tl.sum(tl.exp2(scores - anchor[:, None]), 1)
@@ -34,7 +36,7 @@ def mass_forward(
     q_ptr, k_ptr, mass_ptr, columns_ptr, blocks_ptr, offsets_ptr, runs_ptr, blind_ptr,
     stride_qm, stride_qh, stride_kb, stride_ks, stride_kh, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_BLIND: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_BLIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """mass (rows, heads), one head a program; `scale` includes log2(e). A row that reads nothing has mass 0."""
     block, head = tl.program_id(0), tl.program_id(1)
@@ -61,11 +63,11 @@ def mass_forward(
             full = tl.minimum(full, high)
         top, total, visual = walk_mass(
             query, top, total, visual, key_base, low, full, stride_ks, column, shift, is_visual, scale,
-            HEAD_DIM, BLOCK_D, BLOCK_N, False,
+            HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, False,
         )  # fmt: skip
         top, total, visual = walk_mass(
             query, top, total, visual, key_base, full, high, stride_ks, column, shift, is_visual, scale,
-            HEAD_DIM, BLOCK_D, BLOCK_N, True,
+            HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, True,
         )  # fmt: skip
     mass = visual / tl.where(total == 0.0, 1.0, total)
     tl.store(mass_ptr + (first_row + row) * num_heads + head, mass, mask=present)

@@ -20,6 +20,8 @@ from . import triton_mass, triton_near, triton_runs, tuning
 from .tuning import Blocks, width_block
 
 _LOG2E = math.log2(math.e)
+# Keys of a program that adds the parts of a gradient: few, so that many programs share the reading.
+_JOINED_ROWS = 4
 
 
 @custom_op("vis_sparse::runs", mutates_args=())
@@ -48,15 +50,16 @@ def runs(
     group = heads // key.shape[2]
     config, (packed, splits, slots_a_split) = Blocks(*config), split
     shape = (splits, rows, heads, head_dim)
-    out = query.new_zeros(shape, dtype=query.dtype if splits == 1 else torch.float32)
-    lse = torch.full(shape[:-1], float("-inf"), dtype=torch.float32, device=query.device)
+    # not filled: the blocks cover every row
+    out = query.new_empty(shape, dtype=query.dtype if splits == 1 else torch.float32)
+    lse = query.new_empty(shape[:-1], dtype=torch.float32)
     if len(blocks):
         triton_runs.runs_forward[len(blocks), heads // packed, splits](
             query, key, value, out, lse, columns, blocks, offsets, run_table, blind,
             *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], rows, slots_a_split, scale * _LOG2E,
             GROUP=group, HEADS=packed, GROUP_BLOCK=triton.next_power_of_2(packed), HEAD_DIM=head_dim,
             BLOCK_D=width_block(head_dim), BLOCK_Q=config.queries, BLOCK_N=config.keys, HAS_BLIND=blind is not None,
-            **config.options,
+            PRECISION=tuning.precision(query.element_size(), tuning.device_of(query)), **config.options,
         )  # fmt: skip
     if splits == 1:
         return out[0], lse[0]
@@ -92,7 +95,7 @@ def runs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. `blocks` are of `tuning.query_gradient_blocks`' size."""
     grad_out, delta = _delta(grad_out, out)
-    grads = _like(query), _zeros(key), _zeros(value)
+    grads = _like(query), _like(key), _like(value)
     config = tuning.query_gradient_blocks(query.shape[2], query.element_size(), tuning.device_of(query))
     if len(blocks):
         triton_runs.runs_query_gradient[len(blocks), query.shape[1]](
@@ -109,14 +112,27 @@ def _key_config(query: Tensor) -> Blocks:
 
 
 def _key_gradient_of_runs(query, key, value, grad_out, lse, delta, grads, columns, key_blocks, blind, scale):
-    config = _key_config(query)
+    config, kv_heads, head_dim = _key_config(query), key.shape[2], query.shape[2]
     if not len(key_blocks):
         return
-    triton_runs.runs_key_gradient[len(key_blocks), key.shape[2]](
-        query, key, value, grad_out, lse, delta, *grads[1:], columns, key_blocks, blind,
+    programs = len(key_blocks) * kv_heads
+    splits = tuning.key_gradient_splits(programs, len(query), config.queries, tuning.device_of(query))
+    out = grads[1:]
+    if splits > 1:
+        shape = (splits, *key_blocks.shape[:1], kv_heads, config.keys, head_dim)
+        out = [query.new_empty(shape, dtype=torch.float32) for _ in range(2)]
+    triton_runs.runs_key_gradient[len(key_blocks), kv_heads, splits](
+        query, key, value, grad_out, lse, delta, *out, columns, key_blocks, blind,
         *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], key.shape[1], scale, scale * _LOG2E,
-        BLOCK_Q=config.queries, BLOCK_N=config.keys, HAS_BLIND=blind is not None, **_common(query, key, config),
+        BLOCK_Q=config.queries, BLOCK_N=config.keys, HAS_BLIND=blind is not None, SPLIT=splits > 1,
+        **_common(query, key, config),
     )  # fmt: skip
+    if splits > 1:
+        rows = min(_JOINED_ROWS, config.keys)
+        triton_runs.join_key_gradients[len(key_blocks), kv_heads, config.keys // rows](
+            *out, *grads[1:], key_blocks, key.shape[1], splits,
+            HEAD_DIM=head_dim, BLOCK_D=width_block(head_dim), BLOCK_N=config.keys, ROWS=rows,
+        )  # fmt: skip
 
 
 @custom_op("vis_sparse::near", mutates_args=())
@@ -137,16 +153,16 @@ def near(
     config: Sequence[int],
     pairs: int,
 ) -> tuple[Tensor, Tensor]:
-    """Tables: `tables.NearTables`; columns, key_blocks and key_tiles (of `key_sides`) only for the gradients.
+    """Tables: `tables.NearTables`; columns, key_blocks and key_tiles (with key_sides) only for the gradients.
 
-    rule: radius, frames, stride, causal. sides: of a tile of queries. config: `tuning.Blocks`.
+    rule: radius, frames, stride, causal. sides: of tiles and steps (`Tiling.sides`). config: `tuning.Blocks`.
     """
     config = Blocks(*config)
     out, lse = _like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
     triton_near.near_forward[len(tiles), key.shape[2]](
         query, key, value, out, lse, tiles, segments, run_table,
         *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], scale * _LOG2E,
-        BLOCK_N=config.keys, **_tile(query, key, rule, sides), **_common(query, key, config),
+        **box_constants(rule, sides), **_group(query, key), **_common(query, key, config),
     )  # fmt: skip
     return out, lse
 
@@ -179,17 +195,17 @@ def near_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
     grad_out, delta = _delta(grad_out, out)
-    grads = _like(query), _zeros(key), _zeros(value)
+    grads = _like(query), _like(key), _like(value)
     strides = (*query.stride()[:2], *key.stride()[:3], *value.stride()[:3])
-    tile_config, key_config = Blocks(*config), _key_config(query)
+    tile_config = tuning.near_gradient_blocks(Blocks(*config), tuning.device_of(query))
+    key_config = _key_config(query)
     triton_near.near_query_gradient[len(tiles), key.shape[2]](
         query, key, value, grad_out, lse, delta, grads[0], tiles, segments, run_table, *strides, scale, scale * _LOG2E,
-        BLOCK_N=tile_config.keys, **_tile(query, key, rule, sides), **_common(query, key, tile_config),
+        **box_constants(rule, sides), **_group(query, key), **_common(query, key, tile_config),
     )  # fmt: skip
     triton_near.near_key_gradient[len(key_tiles), key.shape[2]](
         query, key, value, grad_out, lse, delta, *grads[1:], key_tiles, segments, *strides, key.shape[1],
-        scale, scale * _LOG2E, RADIUS=rule[0], FRAMES=rule[1], STRIDE=rule[2], CAUSAL=rule[3],
-        TILE_Y=key_sides[0], TILE_X=key_sides[1], BLOCK_Q=key_config.queries, **_common(query, key, key_config),
+        scale, scale * _LOG2E, **box_constants(rule, key_sides), **_common(query, key, key_config),
     )  # fmt: skip
     _key_gradient_of_runs(query, key, value, grad_out, lse, delta, grads, columns, key_blocks, None, scale)
     return grads
@@ -220,7 +236,7 @@ def mass(
 ) -> Tensor:
     """(rows, heads), float32: the share of the softmax on visual keys. Arguments as those of `runs`."""
     config = Blocks(*config)
-    out = query.new_zeros(query.shape[:2], dtype=torch.float32)
+    out = query.new_empty(query.shape[:2], dtype=torch.float32)
     if len(blocks):
         triton_mass.mass_forward[len(blocks), query.shape[1]](
             query, key, out, columns, blocks, offsets, run_table, blind,
@@ -239,10 +255,6 @@ def _like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def _zeros(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
-
-
 def _delta(grad_out: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """grad_out, contiguous, and the sum over the width of grad_out x out, (rows, heads) float32."""
     return grad_out.contiguous(), (grad_out.float() * out.float()).sum(-1)
@@ -250,24 +262,23 @@ def _delta(grad_out: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
 
 def _common(query: Tensor, key: Tensor, config: Blocks) -> dict:
     head_dim = query.shape[2]
-    sizes = {"GROUP": query.shape[1] // key.shape[2], "HEAD_DIM": head_dim, "BLOCK_D": width_block(head_dim)}
-    return sizes | config.options
-
-
-def _tile(query: Tensor, key: Tensor, rule: Sequence[int], sides: Sequence[int]) -> dict:
-    radius, frames, stride, causal = rule
-    # every tile lies in one block of the stride, whose queries all read the same keys
-    aligned = not causal and stride % sides[0] == 0 and stride % sides[1] == 0
     return {
-        "RADIUS": radius,
-        "FRAMES": frames,
-        "STRIDE": stride,
-        "CAUSAL": bool(causal),
-        "ALIGNED": aligned,
-        "GROUP_BLOCK": triton.next_power_of_2(query.shape[1] // key.shape[2]),
-        "TILE_Y": sides[0],
-        "TILE_X": sides[1],
-    }
+        "GROUP": query.shape[1] // key.shape[2],
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": width_block(head_dim),
+        "PRECISION": tuning.precision(query.element_size(), tuning.device_of(query)),
+    } | config.options
+
+
+def _group(query: Tensor, key: Tensor) -> dict:
+    return {"GROUP_BLOCK": triton.next_power_of_2(query.shape[1] // key.shape[2])}
+
+
+def box_constants(rule: Sequence[int], sides: Sequence[int]) -> dict:
+    """What the rule and the sides of tiles and steps are called in the kernels."""
+    names = "RADIUS", "FRAMES", "STRIDE", "CAUSAL", "TILE_Y", "TILE_X", "STEP_Y", "STEP_X", "HAS_CORE"
+    box = dict(zip(names, (*rule, *sides), strict=True))
+    return box | {name: bool(box[name]) for name in ("CAUSAL", "HAS_CORE")}
 
 
 def _save(ctx, inputs, output):

@@ -12,7 +12,6 @@ from triton import language as tl
 
 from .triton_blocks import (
     NOTHING,
-    PRECISION,
     key_gradient_step,
     load_rows,
     load_statistics,
@@ -40,7 +39,8 @@ def run_bounds(runs_ptr, run, first_column, last_column, low_slot, high_slot, BL
 @triton.jit
 def block_scores(
     query, key_base, slots, high, stride_ks, column, shift, blind, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, BLIND_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    BLIND_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Keys of a block and the scores of queries on them."""
     key = load_rows(key_base, slots * stride_ks, slots < high, HEAD_DIM, BLOCK_D, not MASKED)
@@ -57,31 +57,34 @@ def block_scores(
 @triton.jit
 def walk_forward(
     query, acc, top, total, key_base, value_base, low, high, stride_ks, stride_vs, column, shift, blind, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-    BLIND_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, BLIND_ROWS: tl.constexpr,
 ):  # fmt: skip
     for start in range(low, high, BLOCK_N):
         slots = start + tl.arange(0, BLOCK_N)
         key, scores = block_scores(
-            query, key_base, slots, high, stride_ks, column, shift, blind, scale, HEAD_DIM, BLOCK_D, MASKED, BLIND_ROWS
-        )
+            query, key_base, slots, high, stride_ks, column, shift, blind, scale,
+            HEAD_DIM, BLOCK_D, PRECISION, MASKED, BLIND_ROWS,
+        )  # fmt: skip
         value = load_rows(value_base, slots * stride_vs, slots < high, HEAD_DIM, BLOCK_D, not MASKED)
-        acc, top, total = softmax_step(scores, value, acc, top, total)
+        acc, top, total = softmax_step(scores, value, acc, top, total, PRECISION)
     return acc, top, total
 
 
 @triton.jit
 def walk_query_gradient(
     query, acc, grad_out, lse, delta, key_base, value_base, low, high, stride_ks, stride_vs, column, shift, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     for start in range(low, high, BLOCK_N):
         slots = start + tl.arange(0, BLOCK_N)
         key, scores = block_scores(
-            query, key_base, slots, high, stride_ks, column, shift, 0, scale, HEAD_DIM, BLOCK_D, MASKED, False
-        )
+            query, key_base, slots, high, stride_ks, column, shift, 0, scale,
+            HEAD_DIM, BLOCK_D, PRECISION, MASKED, False,
+        )  # fmt: skip
         value = load_rows(value_base, slots * stride_vs, slots < high, HEAD_DIM, BLOCK_D, not MASKED)
-        acc = query_gradient_step(scores, key, value, grad_out, lse, delta, acc)
+        acc = query_gradient_step(scores, key, value, grad_out, lse, delta, acc, PRECISION)
     return acc
 
 
@@ -91,6 +94,7 @@ def runs_forward(
     stride_qm, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, rows, slots_a_split, scale,
     GROUP: tl.constexpr, HEADS: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BLIND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out (splits, rows, heads, HEAD_DIM) and lse (splits, rows, heads), in base 2.
 
@@ -136,11 +140,11 @@ def runs_forward(
                 full = tl.where(is_visual > 0, low, full)
         acc, top, total = walk_forward(
             query, acc, top, total, key_base, value_base, low, full, stride_ks, stride_vs, column, shift, blind, scale,
-            HEAD_DIM, BLOCK_D, BLOCK_N, False, False,
+            HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, False, False,
         )  # fmt: skip
         acc, top, total = walk_forward(
             query, acc, top, total, key_base, value_base, full, high, stride_ks, stride_vs, column, shift,
-            blind * is_visual, scale, HEAD_DIM, BLOCK_D, BLOCK_N, True, HAS_BLIND and HEADS > 1,
+            blind * is_visual, scale, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, True, HAS_BLIND and HEADS > 1,
         )  # fmt: skip
 
     nothing = total == 0.0
@@ -179,7 +183,7 @@ def runs_query_gradient(
     q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_q_ptr, columns_ptr, blocks_ptr, offsets_ptr, runs_ptr,
     blind_ptr, stride_qm, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     scale, scale_log2, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_BLIND: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_BLIND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of queries, one head a program. grad_out and grad_q are contiguous (rows, heads, HEAD_DIM)."""
     block, head = tl.program_id(0), tl.program_id(1)
@@ -209,11 +213,11 @@ def runs_query_gradient(
             full = tl.minimum(full, high)
         acc = walk_query_gradient(
             query, acc, grad_out, lse, delta, key_base, value_base, low, full, stride_ks, stride_vs, column, shift,
-            scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, False,
+            scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, False,
         )  # fmt: skip
         acc = walk_query_gradient(
             query, acc, grad_out, lse, delta, key_base, value_base, full, high, stride_ks, stride_vs, column, shift,
-            scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, True,
+            scale_log2, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION, True,
         )  # fmt: skip
     store_rows(grad_q_ptr + first * HEAD_DIM, at * HEAD_DIM, acc * scale, present, HEAD_DIM, BLOCK_D)
 
@@ -223,13 +227,15 @@ def runs_key_gradient(
     q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, columns_ptr, blocks_ptr, blind_ptr,
     stride_qm, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, slots, scale, scale_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_BLIND: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_BLIND: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys and values, over all queries behind it in all heads of the group.
+    """Gradients of a block of keys and values, over the queries behind it in all heads of the group.
 
-    grad_k and grad_v are contiguous (batch, slots, kv_heads, HEAD_DIM).
+    grad_k and grad_v are contiguous (batch, slots, kv_heads, HEAD_DIM). SPLIT: the queries are split over the
+    grid's third axis; each program writes its sums, float32 (splits, blocks, kv_heads, BLOCK_N, HEAD_DIM), and
+    `join_key_gradients` adds them.
     """
-    block, kv_head = tl.program_id(0), tl.program_id(1)
+    block, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads = tl.num_programs(1)
     sample = tl.load(blocks_ptr + 7 * block).to(tl.int64)
     first_slot = tl.load(blocks_ptr + 7 * block + 1)
@@ -237,6 +243,10 @@ def runs_key_gradient(
     first_column = tl.load(blocks_ptr + 7 * block + 3)
     is_visual = tl.load(blocks_ptr + 7 * block + 4)
     low, high = tl.load(blocks_ptr + 7 * block + 5), tl.load(blocks_ptr + 7 * block + 6)
+    if SPLIT:
+        rows_a_split = tl.cdiv(tl.cdiv(high - low, tl.num_programs(2)), BLOCK_Q) * BLOCK_Q
+        low = tl.minimum(low + split * rows_a_split, high)
+        high = tl.minimum(low + rows_a_split, high)
     index = tl.arange(0, BLOCK_N)
     present = index < count
     slot = first_slot + index
@@ -262,8 +272,39 @@ def runs_key_gradient(
             scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale_log2
             allowed = (first_column + index)[:, None] <= column[None, :]
             scores = tl.where(allowed & present[:, None], scores, NOTHING)
-            grad_key, grad_value = key_gradient_step(scores, query, value, grad_out, lse, delta, grad_key, grad_value)
+            grad_key, grad_value = key_gradient_step(
+                scores, query, value, grad_out, lse, delta, grad_key, grad_value, PRECISION
+            )
+    if SPLIT:
+        part = (split.to(tl.int64) * tl.num_programs(0) + block) * kv_heads + kv_head
+        first, at = part * BLOCK_N, index * HEAD_DIM
+    else:
+        first, at = (sample * slots + first_slot) * kv_heads + kv_head, index * kv_heads * HEAD_DIM
+    store_rows(grad_k_ptr + first * HEAD_DIM, at, grad_key * scale, present, HEAD_DIM, BLOCK_D)
+    store_rows(grad_v_ptr + first * HEAD_DIM, at, grad_value, present, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def join_key_gradients(
+    part_k_ptr, part_v_ptr, grad_k_ptr, grad_v_ptr, blocks_ptr, slots, splits,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Add the parts of `runs_key_gradient`, always in the same order. A program: ROWS keys of a block, one KV head."""
+    block, kv_head = tl.program_id(0), tl.program_id(1)
+    blocks, kv_heads = tl.num_programs(0), tl.num_programs(1)
+    sample = tl.load(blocks_ptr + 7 * block).to(tl.int64)
+    first_slot = tl.load(blocks_ptr + 7 * block + 1)
+    index = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    present = index < tl.load(blocks_ptr + 7 * block + 2)
+    part = (block.to(tl.int64) * kv_heads + kv_head) * BLOCK_N * HEAD_DIM
+    step = blocks.to(tl.int64) * kv_heads * BLOCK_N * HEAD_DIM
+    grad_key = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+    grad_value = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+    for _ in range(0, splits):
+        grad_key += load_rows(part_k_ptr + part, index * HEAD_DIM, present, HEAD_DIM, BLOCK_D, False)
+        grad_value += load_rows(part_v_ptr + part, index * HEAD_DIM, present, HEAD_DIM, BLOCK_D, False)
+        part += step
     first = (sample * slots + first_slot) * kv_heads + kv_head
     at = index * kv_heads * HEAD_DIM
-    store_rows(grad_k_ptr + first * HEAD_DIM, at, grad_key * scale, present, HEAD_DIM, BLOCK_D)
+    store_rows(grad_k_ptr + first * HEAD_DIM, at, grad_key, present, HEAD_DIM, BLOCK_D)
     store_rows(grad_v_ptr + first * HEAD_DIM, at, grad_value, present, HEAD_DIM, BLOCK_D)

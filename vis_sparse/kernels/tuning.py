@@ -15,6 +15,7 @@ import triton
 # Programs a multiprocessor should get before larger tiles are worth their halo.
 _WAVES = 2
 _DECODE_ROWS = 16  # the smallest M of a tensor core product
+_MOST_PARTS = 64  # of a gradient: what is written and added again stays small
 _SLOTS_A_SPLIT = 256  # fewer keys than this are not worth a program of their own
 
 
@@ -70,9 +71,22 @@ def near_blocks(head_dim: int, item_size: int, group: int, programs: int, device
         return Blocks(max(16 // members, 1), 32 if width <= 128 else 16, 4, 1)
     if members == 1 and programs < _WAVES * device.processors:
         return Blocks(16, 32, 4, 2, _bound(128, head_dim, device))
-    # four warps of an NVIDIA GPU spill here at width 128, eight of an AMD one
     bound = 128 if width <= 64 and device.capability >= 100 else 0
-    return Blocks(max(64 // members, 1), 64 if width <= 128 else 32, 8 if device.capability else 4, 2, bound)
+    return Blocks(max(64 // members, 1), 64 if width <= 128 else 32, *_near_warps(device), bound)
+
+
+def _near_warps(device: Device) -> tuple[int, int]:
+    """Warps and stages for 64 rows. A wgmma of 64 rows is one group of four warps: a second group would do its softmax
+    and masks once more. Two such programs with three stages fit a multiprocessor; with two stages triton 3.6 spills.
+    Four warps of sm_80 and sm_100 spill at width 128, eight of an AMD GPU do."""
+    if 90 <= device.capability < 100:
+        return 4, 3
+    return (8 if device.capability else 4), 2
+
+
+def near_gradient_blocks(forward: Blocks, device: Device) -> Blocks:
+    """Gradient of queries in the tiles of the forward: a third product, for which four warps lack registers."""
+    return forward._replace(warps=8, stages=2) if forward.keys == 64 and 90 <= device.capability < 100 else forward
 
 
 def run_blocks(head_dim: int, item_size: int, device: Device) -> Blocks:
@@ -102,6 +116,19 @@ def decode_splits(programs: int, slots: int, device: Device) -> int:
     """Parts that the keys are split into, so that every multiprocessor has work (flash-decoding)."""
     wanted = triton.cdiv(2 * device.processors, programs)
     return max(1, min(wanted, slots // _SLOTS_A_SPLIT))
+
+
+def key_gradient_splits(programs: int, rows: int, queries: int, device: Device) -> int:
+    """Parts that the queries behind a block of keys are split into. programs: blocks x KV heads, of few text keys a
+    handful. A part takes `queries` rows a step, and at least two steps."""
+    wanted = triton.cdiv(_WAVES * device.processors, programs)
+    return max(1, min(wanted, rows // (2 * queries), _MOST_PARTS))
+
+
+def precision(item_size: int, device: Device) -> str:
+    """How products of float32 are done: as three of TF32 on tensor cores, which keeps 22 bits (one keeps 11, and the
+    tolerance is 1e-5), or, where there are none that do, in float32."""
+    return "tf32x3" if item_size == 4 and device.capability >= 80 else "ieee"
 
 
 def query_gradient_blocks(head_dim: int, item_size: int, device: Device) -> Blocks:
