@@ -50,7 +50,7 @@ _RUNNING: ContextVar[tuple[PatchState, Running] | None] = ContextVar("vis_sparse
 
 
 class PatchState:
-    """Lives on the text model as `_vis_sparse`, from `install` to `remove`.
+    """Lives on the outer and the text model as `_vis_sparse`, from `install` to `remove`.
 
     plans: by name, heads resolved; the first is the one that calls run under which name none.
     """
@@ -76,7 +76,8 @@ class PatchState:
     def install(self) -> None:
         self._replaced: list[tuple[nn.Module, str, object]] = []
         self._plain_forward = self.text_model.forward
-        self.text_model._vis_sparse = self
+        for module in {self.outer, self.text_model}:
+            module._vis_sparse = self
         self._replace(self.text_model, "forward", _text_forward)
         self._replace(self.text_model, "_apply", _apply)
         self._replace(self.text_model, "_replicate_for_data_parallel", _refuse_replicas)
@@ -96,7 +97,8 @@ class PatchState:
         setattr(module, name, functools.update_wrapper(replaced, plain, ("__name__", "__doc__"), ()))
 
     def remove(self) -> None:
-        del self.text_model._vis_sparse
+        for module in {self.outer, self.text_model}:
+            del module._vis_sparse
         for module, name, previous in reversed(self._replaced):
             if previous is None:
                 delattr(module, name)
@@ -250,6 +252,15 @@ class PatchState:
         output = output_of(hidden, past_key_values, collected)
         return output.to_tuple() if kwargs.get("return_dict") is False else output
 
+    def check_text_model(self) -> None:
+        """Raise PatchError if another text model stands where the patched one did; it may be wrapped."""
+        now = self.family.text_model(self.outer)
+        if now is not self.text_model and all(module is not self.text_model for module in now.modules()):
+            raise PatchError(
+                f"{type(self.outer).__name__}: got another text model than at vis_sparse.patch, expected the same one "
+                "(patch the model again after changing its structure)"
+            )
+
     def _check_structure(self) -> None:
         """Raise PatchError if decoder layers are not those that were patched."""
         for index, (now, then) in enumerate(zip(_blocks(self.text_model), self._blocks)):
@@ -336,10 +347,17 @@ def _text_forward(state: PatchState, plain, *args, **kwargs):
     return state.forward(*args, **named_as_before(kwargs))
 
 
+def _unbound(module: nn.Module, args: tuple) -> tuple:
+    """The arguments of a call without the module itself, to which accelerate's `unwrap_model` binds what it finds as
+    the module's forward."""
+    return args[1:] if args and args[0] is module else args
+
+
 @torch.compiler.disable(recursive=False, reason=_AROUND_LANES)
 def _outer_forward(state: PatchState, plain, *args, **kwargs):
     """The outer model's forward, within which its layout is known."""
-    running = Running()
+    args, running = _unbound(state.outer, args), Running()
+    state.check_text_model()
     token = _RUNNING.set((state, running))
     try:
         running.layout = _read_layout(state, args, kwargs)
@@ -358,10 +376,13 @@ def _read_layout(state: PatchState, args, kwargs) -> VisualLayout | None:
 @torch.compiler.disable(recursive=False, reason=_AROUND_LANES)
 def _labelled_forward(state: PatchState, plain, *args, **kwargs):
     """The whole model's forward: labels tell where the prompt ends."""
-    labels = kwargs.get("labels")
-    if labels is None or not any(executor.ranks_by_text for executor in state.executors.values()):
+    args = _unbound(state.model, args)
+    if not any(executor.ranks_by_text for executor in state.executors.values()):
         return plain(*args, **kwargs)
-    past = cache_among(kwargs)
+    arguments = bound(type(state.model).forward, state.model, args, kwargs)
+    labels, past = arguments.get("labels"), cache_among(arguments)
+    if labels is None:
+        return plain(*args, **kwargs)
     with hold(state.text_model, "prompt_ends", prompt_ends(labels) + (0 if past is None else past.get_seq_length())):
         return plain(*args, **kwargs)
 
