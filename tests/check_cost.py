@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import vis_sparse
 from vis_sparse.patches import verify
 
-LAYERS, ROUNDS, PROMPT = 32, 9, 64
+LAYERS, ROUNDS, PROMPT = 32, 7, 64
 FFN = {256: 688, 4096: 11008}
 
 

@@ -1,5 +1,7 @@
 """Which tokens stay depends on the prompt alone, whatever else a call holds: answers, drafts, the tokens so far."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -49,6 +51,19 @@ def test_an_answer_changes_nothing_before_it(model, padding):
     with vis_sparse.use_prompt(model, prompt.length):
         torch.testing.assert_close(model(**call).logits, logits, **EXACT)
     assert not torch.allclose(model(**other).logits[:, -3:-1], model(**call).logits[:, -3:-1]), "plans that show it"
+
+
+@torch.no_grad()
+def test_labels_by_their_place(model):
+    """A call may name none of its arguments."""
+    batch = make_batch(model, [(3, IMAGE, 8)])
+    labels = torch.where(torch.arange(batch.length) >= 3 + 16 + 4, batch.input_ids, -100)
+    call = {name: value for name, value in batch.by_ids().items() if name != "position_ids"} | dict(labels=labels)
+    names = list(inspect.signature(type(model).forward).parameters)
+    by_place = [call.get(name) for name in names[1 : names.index("labels") + 1]]
+    expected = model(**call).logits
+    torch.testing.assert_close(model(*by_place).logits, expected, **EXACT)
+    assert not torch.allclose(model(*by_place[:-1]).logits, expected), "plans that show it"
 
 
 @torch.no_grad()

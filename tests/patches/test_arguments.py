@@ -49,7 +49,7 @@ REFUSED = {
     "unknown": (dict(block_size=4), "block_size: got 4 on a patched model.*output_hidden_states"),
     "unknown tensor": (dict(bias=torch.ones(3, 27)), r"bias: got a tensor of shape \(3, 27\)"),
     "attentions": (dict(output_attentions=True), "output_attentions: got True"),
-    "some hidden states": (dict(output_hidden_states=[0]), r"output_hidden_states: got \[0\]"),
+    "some hidden states": (dict(output_hidden_states=[-2]), r"output_hidden_states: got \[-2\]"),
 }
 
 
@@ -203,6 +203,29 @@ def test_refused_changes(model, batch, change):
     for index, layer in enumerate(text(model).layers):
         layer.self_attn.layer_idx = index
     check_as_unpatched(model, batch.by_ids() | dict(use_cache=False))
+
+
+@torch.no_grad()
+def test_another_text_model(model, batch):
+    """It would run dense, with nothing said; unpatch still finds what it put on the old one and the models around."""
+    old = text(model)
+    model.model.language_model = text(make_model("llama-gqa", seed=5))
+    with pytest.raises(PatchError, match="LlavaModel: got another text model than at vis_sparse.patch"):
+        model(**batch.by_ids())
+    assert vis_sparse.inspect(model) is not None
+    vis_sparse.unpatch(model)
+    for module in (model, model.model, old):
+        assert not {"forward", "generate", "_vis_sparse"} & vars(module).keys()
+    check_as_unpatched(vis_sparse.patch(model, "dense"), batch.by_ids())
+
+
+@torch.no_grad()
+def test_the_text_model_in_a_wrapper(model, batch):
+    expected = model(**batch.by_ids()).logits
+    model.model.language_model = torch.compile(text(model), backend="eager")
+    torch.testing.assert_close(model(**batch.by_ids()).logits, expected)
+    vis_sparse.unpatch(model)
+    assert not {"forward", "_vis_sparse"} & vars(text(model)._orig_mod).keys()
 
 
 @torch.no_grad()

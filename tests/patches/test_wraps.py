@@ -202,3 +202,21 @@ def test_hooks_of_accelerate_keep_an_images_grid_in_beams():
     vis_sparse.patch(accelerate.cpu_offload(model, execution_device="cpu"), "dense")
     assert torch.equal(model.generate(**call, **settings), expected)
     assert vis_sparse.inspect(model)["last_call"].past
+
+
+@torch.no_grad()
+def test_mixed_precision_of_accelerate_put_on_and_taken_off():
+    """`Accelerator.prepare` wraps what it finds as the model's forward, `unwrap_model` binds that to the model."""
+    from accelerate import Accelerator
+
+    model, call = vis_sparse.patch(small_model(), "dense"), make_batch(small_model(), [(5, IMAGE, 4)]).by_ids()
+    expected, accelerator = model(**call).logits, Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = accelerator.prepare_model(model)
+    rounded = prepared(**call).logits
+    assert rounded.dtype == torch.float32 and 0 < float((rounded - expected).abs().max()) < 0.1 * expected.abs().max()
+    with vis_sparse.patches.unpatched(accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)):
+        torch.testing.assert_close(model(**call).logits, expected, rtol=1e-4, atol=1e-4)
+    model = accelerator.unwrap_model(accelerator.prepare_model(vis_sparse.patch(model, "dense")), False)
+    assert torch.equal(model(**call).logits, expected)
+    vis_sparse.unpatch(model)
+    assert "forward" not in vars(model)

@@ -74,7 +74,8 @@ def _text_model(model: nn.Module) -> nn.Module:
 
 
 def _state(model: nn.Module) -> PatchState | None:
-    return getattr(_text_model(model), "_vis_sparse", None)
+    model = _base(model)
+    return getattr(family_of(model).outer_model(model), "_vis_sparse", None)
 
 
 Plan = VisualPlan | PlanRecipe | str | Path

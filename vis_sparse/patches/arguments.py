@@ -137,3 +137,9 @@ def wants_hidden(config, kwargs: dict) -> bool:
     """Whether a call asks for the hidden states of all layers."""
     wanted = kwargs.get("output_hidden_states")
     return config.output_hidden_states if wanted is None else wanted
+
+
+def unbound(module, args: tuple) -> tuple:
+    """The arguments of a call without the module itself, to which accelerate's `unwrap_model` binds what it finds as
+    the module's forward."""
+    return args[1:] if args and args[0] is module else args

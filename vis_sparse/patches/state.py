@@ -39,26 +39,20 @@ from ..layout.layout import LayoutError, VisualLayout
 from ..layout.packing import Packing, pack, text_coordinates
 from ..plans.carried import to_block
 from ..plans.plan import VisualPlan
-from .arguments import Asked, added_rows, check_arguments, check_mask, host_mask, planes, wants_hidden
+from .arguments import Asked, added_rows, check_arguments, check_mask, host_mask, planes, unbound, wants_hidden
 from .errors import PatchError
 from .family import Family, Running, bound, prompt_ends
 from .saving import save_pretrained
 from .scopes import held, hold
-from .static import check_causal, columns_read, step
-from .wraps import blocks, check_devices, check_layers, check_structure, refuse_replicas
-
-# What a compiler that wants one graph of a whole patched model is told.
-_AROUND_LANES = (
-    "vis_sparse finds layouts and caches of a call on the host; use torch.compile(model) without fullgraph=True: what "
-    "runs in lanes is compiled inside"
-)
+from .static import AROUND_LANES, check_causal, columns_read, step
+from .wraps import blocks, check_devices, check_layers, check_structure, check_text_model, refuse_replicas
 
 # The call of an outer model that runs in this context.
 _RUNNING: ContextVar[tuple[PatchState, Running] | None] = ContextVar("vis_sparse_running", default=None)
 
 
 class PatchState:
-    """Lives on the text model as `_vis_sparse`, from `install` to `remove`.
+    """Lives on the outer and the text model as `_vis_sparse`, from `install` to `remove`.
 
     plans: by name, heads resolved; the first is the one that calls run under which name none. whole: the model, or
     PEFT's wrapper that was given to `patch` with it inside.
@@ -97,7 +91,8 @@ class PatchState:
     def install(self) -> None:
         self._replaced: list[tuple[nn.Module, str, object]] = []
         self._plain_forward = self.text_model.forward
-        self.text_model._vis_sparse = self
+        for module in {self.outer, self.text_model}:
+            module._vis_sparse = self
         self._replace(self.text_model, "forward", _text_forward)
         self._replace(self.text_model, "_apply", _apply)
         self._replace(self.text_model, "_replicate_for_data_parallel", refuse_replicas)
@@ -120,7 +115,8 @@ class PatchState:
         setattr(module, name, functools.update_wrapper(replaced, plain, ("__name__", "__doc__"), ()))
 
     def remove(self) -> None:
-        del self.text_model._vis_sparse
+        for module in {self.outer, self.text_model}:
+            del module._vis_sparse
         for module, name, previous in reversed(self._replaced):
             if previous is None:
                 delattr(module, name)
@@ -374,7 +370,7 @@ def _is_traced_step(kwargs: dict) -> bool:
     return torch.compiler.is_compiling() and is_fixed(cache_among(kwargs))
 
 
-@torch.compiler.disable(recursive=False, reason=_AROUND_LANES)
+@torch.compiler.disable(recursive=False, reason=AROUND_LANES)
 def _text_around_lanes(state: PatchState, *args, **kwargs):
     return state.forward(*args, **named_as_before(kwargs))
 
@@ -385,10 +381,11 @@ def _outer_forward(state: PatchState, plain, *args, **kwargs):
     return _outer_around_lanes(state, plain, *args, **kwargs)
 
 
-@torch.compiler.disable(recursive=False, reason=_AROUND_LANES)
+@torch.compiler.disable(recursive=False, reason=AROUND_LANES)
 def _outer_around_lanes(state: PatchState, plain, *args, **kwargs):
     """The outer model's forward, within which its layout is known."""
-    running = Running()
+    args, running = unbound(state.outer, args), Running()
+    check_text_model(state.outer, state.family.text_model(state.outer), state.text_model)
     token = _RUNNING.set((state, running))
     try:
         running.layout = _read_layout(state, args, kwargs)
@@ -410,13 +407,16 @@ def _labelled_forward(state: PatchState, plain, *args, **kwargs):
     return _labelled_around_lanes(state, plain, *args, **kwargs)
 
 
-@torch.compiler.disable(recursive=False, reason=_AROUND_LANES)
+@torch.compiler.disable(recursive=False, reason=AROUND_LANES)
 def _labelled_around_lanes(state: PatchState, plain, *args, **kwargs):
     """The whole model's forward: labels tell where the prompt ends."""
-    labels = kwargs.get("labels")
-    if labels is None or not any(executor.ranks_by_text for executor in state.executors.values()):
+    args = unbound(state.model, args)
+    if not any(executor.ranks_by_text for executor in state.executors.values()):
         return plain(*args, **kwargs)
-    past = cache_among(kwargs)
+    arguments = bound(type(state.model).forward, state.model, args, kwargs)
+    labels, past = arguments.get("labels"), cache_among(arguments)
+    if labels is None:
+        return plain(*args, **kwargs)
     with hold(state.text_model, "prompt_ends", prompt_ends(labels) + (0 if past is None else past.get_seq_length())):
         return plain(*args, **kwargs)
 

@@ -12,6 +12,12 @@ from ..executor.lanes import LaneExecutor
 from ..executor.transformers_internals import cache_layers, output_of
 from .errors import PatchError
 
+# What a compiler that wants one graph of a whole patched model is told.
+AROUND_LANES = (
+    "vis_sparse finds layouts and caches of a call on the host; use torch.compile(model) without fullgraph=True: what "
+    "runs in lanes is compiled inside"
+)
+
 
 def columns_read(attention_mask) -> torch.Tensor | None:
     """(batch, columns): what the last query of each sample may read, of any mask that transformers makes; None if all.
