@@ -93,7 +93,7 @@ def _check_parameters(place: str, owner: nn.Module, module: nn.Module) -> None:
 
 
 def check_text_model(outer: nn.Module, now: nn.Module, before: nn.Module) -> None:
-    """Raise PatchError if another text model stands in `outer` where the patched one, `before`, did; it may be wrapped."""
+    """Raise PatchError if another text model stands in `outer` than the patched one, `before`; it may be wrapped."""
     if now is not before and all(module is not before for module in now.modules()):
         raise PatchError(
             f"{type(outer).__name__}: got another text model than at vis_sparse.patch, expected the same one "
