@@ -24,6 +24,7 @@ from .cache import Book, LaneCacheLayer, Store
 from .call import Call
 from .head_map import head_map
 from .kept_cuts import KeptCuts
+from .shared_gradients import products, shares_gradient
 from .token_scores import attention_received, norms, on_host
 from .tokens import check_text_follows, choose
 from .transformers_internals import keeps_no_activations
@@ -221,6 +222,8 @@ class LaneLayer:
         seen = self.backend.visual_attention(visual["query"], keys, values, pattern, self.layer.scale).flatten(1)
         if "query" in self.shared:
             return add_rows(x, 0, self._apply("output", torch.cat([out, seen])))
+        if out.requires_grad:
+            return x + torch.cat(self._both("output", self.cut_output, out, seen))
         x = add_rows(x, 0, self._apply("output", out))
         return add_rows(x, num_text, self.cut_output(seen))
 
@@ -276,13 +279,27 @@ class LaneLayer:
             return rest if seen is None else seen
         return self.merge(torch.cat([seen, rest], 2), 2)
 
+    def _both(self, part: str, cut: CutLinear, text, visual):
+        """A part on text rows, and its cut on visual rows."""
+        module = self.layer.module(part)
+        if part not in self.layer.fused and is_plain(module):
+            weight, bias = tensors(module)
+            if shares_gradient(weight):
+                return products(text, visual, weight, bias, cut.dim, cut.indices)
+        return self._apply(part, text), cut(visual)
+
     def _feed_forward(self, x, num_text):
         has_visual = x.shape[0] > num_text
         shared = has_visual and self.whole_ffn
         cut = has_visual and self.has_ffn and not self.whole_ffn
         h = self.layer.module("post_norm")(x if shared or cut or not has_visual else x[:num_text])
-        rows = h[:num_text] if cut else h
         activation = self.layer.module("activation")
+        if cut and h.requires_grad:
+            lanes = h[:num_text], h[num_text:]
+            gates, ups = self._both("gate", self.cut_gate, *lanes), self._both("up", self.cut_up, *lanes)
+            inner = (activation(gate) * up for gate, up in zip(gates, ups))
+            return x + torch.cat(self._both("down", self.cut_down, *inner))
+        rows = h[:num_text] if cut else h
         inner = activation(self._apply("gate", rows)) * self._apply("up", rows)
         x = add_rows(x, 0, self._apply("down", inner))
         if cut:
