@@ -15,7 +15,7 @@ from vis_sparse.layout.packing import pack
 from vis_sparse.plans.layer_plan import Neighborhood
 
 from .cases import CPU, LAYOUTS, PATTERNS, errors, inputs, text_pattern, visual_pattern
-from .executor import largest_difference
+from .executor import largest_difference, largest_gradient_difference
 
 # small shapes: the interpreter takes milliseconds for every block
 HEADS = {"MHA": (2, 2), "GQA": (3, 1)}
@@ -214,3 +214,8 @@ def test_operators_are_registered_well():
 def test_executor(scenario, semantics):
     """A float32 model: its own rounding, not the kernels' alone."""
     assert largest_difference("triton", scenario, "llama-gqa", semantics, torch.float32) <= 1e-4
+
+
+@pytest.mark.parametrize("semantics", ["exclude", "zero"])
+def test_gradients_of_a_model(semantics):
+    assert largest_gradient_difference("triton", "llama-gqa", semantics) <= 1e-5

@@ -140,6 +140,7 @@ def test_training_towards_the_teacher(lora, rows, tmp_path):
     """Under the dense plan there is nothing to learn from it; under another there is, and less after some steps."""
     tuned(rows, tmp_path / "dense", plan="dense", distill=1.0, steps=1, lora=lora)
     assert losses(tmp_path / "dense")[1] < 1e-3
-    tuned(rows, tmp_path / "vtw", plan="vtw", distill=1.0, steps=12, batch=5, lora=lora)
+    early, rate = vis_sparse.VisualPlan.vtw(8, 1), 2e-4 if lora is None else 2e-3
+    tuned(rows, tmp_path / "vtw", plan=early, distill=1.0, steps=16, batch=5, lora=lora, rate=rate)
     found = losses(tmp_path / "vtw")
-    assert found[1] > 1e-2 and found[12] < 0.5 * found[1]
+    assert found[1] > 0.1 and found[16] < 0.7 * found[1]

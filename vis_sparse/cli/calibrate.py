@@ -15,6 +15,8 @@ from ..eval.data import TASKS, TINY, records
 from ..eval.progress import progress
 from ..eval.tiny import SHIPPED
 from ..plans.atomic_write import written
+from ..plans.measured import KEY as MEASURED
+from ..plans.measured import MeasuredPlan, from_text
 from ..plans.scores import Calibration
 from .checks import count, output_file
 from .heatmap import draw_heads
@@ -61,6 +63,16 @@ def calibrate_command(
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Also measure what each layer is to the answers (slower).")
     ] = False,
+    plans: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            metavar="SECONDS",
+            help="Also search plans for so long on half of the samples, and measure them on the others: what "
+            "patch(model, 'auto', calibration=...) chooses from.",
+            show_default="none",
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the model's own answer, where data has none.")] = 16,
     export_mask: Annotated[
         Path | None,
@@ -100,6 +112,12 @@ def calibrate_command(
         )
     if not reports:
         return
+    if plans is not None:
+        from ..searching.measured import with_measured_plans
+
+        encoded = (encode(processor, record) for record in chosen)
+        result = with_measured_plans(result, loaded, encoded, time_limit=plans)
+        result.save(out)
     if export_mask is not None:
         np.save(written(export_mask.with_suffix(".npy")), result.masks(keep))
     if page is not None:
@@ -113,7 +131,8 @@ def _summary(calibration: Calibration, out: Path) -> dict:
     return {
         "file": str(out),
         "samples": calibration.num_samples,
-        **calibration.metadata,
+        **{name: text for name, text in calibration.metadata.items() if name != MEASURED},
+        "plans": [[each.cost, each.kl, each.accuracy] for each in _measured(calibration)],
         "head_scores": calibration.heads.tolist(),
         "text_mass": calibration.text_mass.tolist(),
         "attention_change": calibration.attention_change.tolist(),
@@ -123,4 +142,11 @@ def _summary(calibration: Calibration, out: Path) -> dict:
 
 def _draw(console: Console, calibration: Calibration, out: Path) -> None:
     draw_heads(console, calibration.heads, calibration.metadata["scores"])
+    for each in _measured(calibration):
+        shown = f"{each.cost:6.1%} of the visual FLOPs: KL {each.kl:.4f}, right {each.accuracy:.1%}"
+        console.print(f"{shown} of {each.samples} held-out samples", highlight=False)
     console.print(f"{calibration.num_samples} samples, written to {out}", soft_wrap=True)
+
+
+def _measured(calibration: Calibration) -> list[MeasuredPlan]:
+    return from_text(calibration.metadata.get(MEASURED, "[]"))

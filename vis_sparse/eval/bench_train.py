@@ -51,8 +51,8 @@ def bench_train(
 
     model, plans, layers, batch, text_tokens, image_size, dtype: as in `bench`. clock: "wall", or "process" (seconds of
     all threads, for machines that are not idle). Seconds are medians over `repeats` rounds, in which the unpatched
-    model and the plans take turns; `ratio` is the median over rounds of plan / dense. peak_bytes: of the tensors that a
-    step makes, gradients included, weights not.
+    model and the plans take turns; `ratio` is the median over rounds of plan / dense. kept_bytes: what the forward pass
+    keeps for the backward pass. peak_bytes: of the tensors that a step makes, gradients included, weights not.
     """
     shape, names = dataclasses.replace(load_shape(model), layers=layers), shown_names(plans)
     layout = image_layout(shape, batch, text_tokens, image_size)
@@ -61,7 +61,7 @@ def bench_train(
     if checkpointing:
         step.model.gradient_checkpointing_enable({"use_reentrant": False})
     variants = {DENSE: None} | {name: resolved(plan, shape, None) for plan, name in names.items()}
-    peak = {variant: step.peak_bytes(plan) for variant, plan in variants.items()}
+    sizes = {variant: step.sizes(plan) for variant, plan in variants.items()}
     samples = in_turns(list(variants), lambda variant: step.seconds(variants[variant]), repeats, on_turn)
     step.switch(None)
     settings = {"layout": layout, "text_tokens": text_tokens, "heads": "first"}
@@ -84,8 +84,8 @@ def bench_train(
             "plan": name,
             **setting,
             **_figures(samples[DENSE], samples[name]),
-            "peak_bytes": peak[name],
-            "peak_bytes_dense": peak[DENSE],
+            **sizes[name],
+            **{f"{kind}_dense": size for kind, size in sizes[DENSE].items()},
             "flop_share": vis_sparse.flops(shape, plan, **settings).total / dense_flops,
             **facts,
         }
@@ -119,12 +119,16 @@ class _Step:
         else:
             vis_sparse.patch(self.model, plan, heads="first", verify=False)
 
-    def peak_bytes(self, plan: VisualPlan | None) -> int:
-        """Of one step, the first one: tables of the layout are made in it too."""
+    def sizes(self, plan: VisualPlan | None) -> dict[str, int]:
+        """Bytes of one step, the first one: tables of the layout are made in it too."""
         self.switch(plan)
         with PeakBytes() as memory:
-            self._run()
-        return memory.peak
+            loss = self._loss(self.embeddings, self.layout)
+            kept = memory.live
+            loss.backward()
+        self.model.zero_grad()
+        self.embeddings.grad = None
+        return {"kept_bytes": kept, "peak_bytes": memory.peak}
 
     def seconds(self, plan: VisualPlan | None) -> dict[str, float]:
         """forward, backward, optimizer and step; the plan's tables are there."""

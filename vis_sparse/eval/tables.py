@@ -79,22 +79,24 @@ def draw_train(console: Console, results: list[dict]) -> None:
         f"{first['model']}, {first['layers']} layers, {first['dtype']}, batch {first['batch']}, "
         f"{first['visual_tokens']} visual + {first['text_tokens']} text tokens a sample"
     )
-    table = tight_table("step", "time", "range", "forward", "backward", "of dense", "FLOPs", "peak MiB", left=("step",))
+    headings = ("step", "time", "range", "forward", "backward", "of dense", "FLOPs", "kept MiB", "peak")
+    table = tight_table(*headings, left=("step",))
 
-    def add(name, row, kind, ratios, peak):
+    def add(name, row, kind, ratios):
         times = (seconds(row[f"{part}_{kind}s"]) for part in ("forward", "backward"))
         spread = span(row["spread"][f"step_{kind}s"])
-        size = mebibytes(peak).removesuffix(" MiB")
-        table.add_row(name, seconds(row[f"step_{kind}s"]), spread, *times, *ratios, size)
+        ending = "_dense" if kind else ""
+        sizes = (mebibytes(row[f"{size}_bytes{ending}"]).removesuffix(" MiB") for size in ("kept", "peak"))
+        table.add_row(name, seconds(row[f"step_{kind}s"]), spread, *times, *ratios, *sizes)
 
-    add("dense", first, "dense_", ("1.00", "1.00"), first["peak_bytes_dense"])
+    add("dense", first, "dense_", ("1.00", "1.00"))
     for row in results:
-        add(row["plan"], row, "", (f"{row['ratio']:.2f}", f"{row['flop_share']:.2f}"), row["peak_bytes"])
+        add(row["plan"], row, "", (f"{row['ratio']:.2f}", f"{row['flop_share']:.2f}"))
     console.print(table)
     console.print(
         f"\n{first['clock']} time: median of {first['repeats']} rounds in turns, range: fastest to slowest. of dense: "
-        "paired. FLOPs: of the forward pass, text included. peak: tensors that a step makes, gradients included, "
-        f"weights not.\n{measured_on(first)}",
+        "paired. FLOPs: of the forward pass, text included. kept: for the backward pass. peak: tensors that a step "
+        f"makes, gradients included, weights not.\n{measured_on(first)}",
         style="bright_black",
         highlight=False,
     )

@@ -19,6 +19,7 @@ from .call import Call
 from .decoder import Decoder, DecoderLayer
 from .head_map import head_map
 from .rows import add_rows, rotate, rotate_into
+from .shared_gradients import products, shares_gradient
 from .token_scores import attention_received
 from .weights import CutLinear, Selection, index_on, is_plain, is_small, select, tensors, unit_columns
 
@@ -228,8 +229,19 @@ class LaneLayer:
         seen = self.backend.visual_attention(visual_query, *keys_values, pattern, self.layer.scale).flatten(1)
         if len(self.work.query_heads) == self.num["query"]:
             return add_rows(x, 0, parts.output(torch.cat([out, seen])))
+        if out.requires_grad:
+            return x + torch.cat(self._of_lanes("output", out, seen, parts))
         x = add_rows(x, 0, parts.output(out))
         return add_rows(x, num_text, parts.cut_output(seen))
+
+    def _of_lanes(self, part: str, text, visual, parts: BoundLayer):
+        """A linear part on text rows, and its cut on visual rows, while gradients are recorded."""
+        module, cut = self.layer.module(part), f"cut_{part}"
+        if part not in self.layer.fused and is_plain(module):
+            weight, bias = tensors(module)
+            if shares_gradient(weight):
+                return products(text, visual, weight, bias, self.cuts[cut].dim, self.cuts[cut].selection)
+        return getattr(parts, part)(text), getattr(parts, cut)(visual)
 
     def _add_bias(self, x, num_text, parts: BoundLayer):
         """Visual rows that attend in no head still get what the output projection makes of nothing: its bias."""
@@ -253,6 +265,11 @@ class LaneLayer:
     def _feed_forward(self, x, h, cut_from: int | None, parts: BoundLayer, in_place: bool):
         """x with what the FFN makes of its first rows, `h`; those from `cut_from` on use the cut of visual rows."""
         h = parts.post_norm(h)
+        if cut_from is not None and h.requires_grad:
+            lanes = h[:cut_from], h[cut_from:]
+            gates, ups = (self._of_lanes(part, *lanes, parts) for part in ("gate", "up"))
+            inner = [parts.activation(gate) * factor for gate, factor in zip(gates, ups)]
+            return x + torch.cat(self._of_lanes("down", *inner, parts))
         whole = h if cut_from is None else h[:cut_from]
         x = add_rows(x, 0, _gated(whole, parts.gate, parts.up, parts.down, parts, in_place))
         if cut_from is None:

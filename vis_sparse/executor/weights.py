@@ -177,6 +177,15 @@ class CutLinear:
     def __getstate__(self):
         return {**vars(self), "_kept": None}  # a copy of the model makes its own
 
+    @property
+    def dim(self) -> int:
+        return 0 if self._columns is None else 1
+
+    @property
+    def selection(self) -> Selection:
+        """What the cut of the first layer keeps, along `dim`."""
+        return self._rows[0] if self._columns is None else self._columns
+
     def modules(self) -> list[nn.Module]:
         return [self._find(name) for name in self._names]
 

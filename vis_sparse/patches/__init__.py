@@ -20,6 +20,8 @@ from ..plans.budgets import resolve_heads
 from ..plans.carried import read_block
 from ..plans.files import as_plan
 from ..plans.layer_plan import PlanError
+from ..plans.measured import KEY as MEASURED
+from ..plans.measured import MeasuredPlan, boldest, from_text
 from ..plans.plan import PlanRecipe, VisualPlan
 from ..plans.scores import Calibration
 from .calibrated import check_heads_file, checked_calibration
@@ -89,6 +91,7 @@ def patch(
     calibration: Calibration | str | Path | None = None,
     backend: str = "auto",
     verify: bool = True,
+    most_loss: float = 0.01,
 ) -> nn.Module:
     """Make `model` compute on its visual tokens only what `plan` asks for. In place; returns the model.
 
@@ -100,7 +103,9 @@ def patch(
     only). calibration: a `Calibration`, its file or repository, for head and neuron budgets. backend: "auto" (Triton
     on a GPU, torch elsewhere), "torch", "triton", "flex" or "reference" (docs/kernels.md). verify: run the text model
     once on a few rows, as it is and in lanes that compute everything, and refuse it if they differ; once a model, not
-    on the meta device.
+    on the meta device. most_loss: with "auto" and a calibration that holds measured plans (`vis-sparse calibrate
+    --plans`), the boldest one is taken whose KL from the dense answers is at most so many nats, and whose share of
+    right answers is at most so far below; `inspect` has the numbers.
 
     A second patch replaces the first. Weights are not changed. `save_pretrained` of a patched model writes its plans
     into config.json, or beside an adapter. Raises PatchError for a model that is not supported and PlanError for a
@@ -120,7 +125,9 @@ def patch(
     given = plan if isinstance(plan, Mapping) else {None: plan}
     if not given or not all(isinstance(name, str) for name in given if isinstance(plan, Mapping)):
         raise PlanError(f"plan: got {plan!r}, expected a plan, or plans by name")
-    plans = {name: _resolved(family, each, decoder, heads, calibration) for name, each in given.items()}
+    measured = _measured(calibration, most_loss) if "auto" in given.values() else None
+    chosen = {name: measured.plan if measured and each == "auto" else each for name, each in given.items()}
+    plans = {name: _resolved(family, each, decoder, heads, calibration) for name, each in chosen.items()}
     if not isinstance(plan, Mapping):
         plans = {only.name: only for only in plans.values()}
     try:
@@ -128,6 +135,7 @@ def patch(
     except ValueError as error:
         raise PatchError(str(error)) from None
     state, before = PatchState(family, model, decoder, plans, kernels, whole), _state(model)
+    state.measured = measured
     if before is not None:
         before.remove()
     try:
@@ -139,6 +147,12 @@ def patch(
             before.install()
         raise
     return whole
+
+
+def _measured(calibration: Calibration | None, most_loss: float) -> MeasuredPlan | None:
+    """What "auto" chooses from a calibration's measured plans; None if it has none."""
+    text = None if calibration is None else calibration.metadata.get(MEASURED)
+    return None if text is None else boldest(from_text(text), most_loss)
 
 
 def _resolved(family: Family, plan: Plan, decoder: Decoder, heads, calibration) -> VisualPlan:
@@ -179,10 +193,12 @@ def patched(
     calibration: Calibration | str | Path | None = None,
     backend: str = "auto",
     verify: bool = True,
+    most_loss: float = 0.01,
 ) -> Iterator[nn.Module]:
     """`patch` for the length of a `with` block; afterwards the model is as it was, an earlier patch included."""
     before = _state(model)
-    patch(model, plan, heads=heads, calibration=calibration, backend=backend, verify=verify)
+    given = {"heads": heads, "calibration": calibration, "backend": backend, "verify": verify, "most_loss": most_loss}
+    patch(model, plan, **given)
     try:
         yield model
     finally:
@@ -277,7 +293,8 @@ def inspect(model: nn.Module) -> dict[str, Any] | None:
 
     plan: of the last call in lanes, the default one before; plans: all, by name; backend; extra_bytes: weight copies
     kept now; last_call: segments and lengths of the last call in lanes; flops, flops_dense: the decoder's executed
-    FLOPs of the last whole prompt with visual tokens, and those of the dense plan, if there was one.
+    FLOPs of the last whole prompt with visual tokens, and those of the dense plan, if there was one. measured: a
+    `MeasuredPlan` if "auto" chose by a calibration's measurements: what the plan costs and loses on held-out samples.
     """
     state = _state(model)
     if state is None:
@@ -297,5 +314,6 @@ def inspect(model: nn.Module) -> dict[str, Any] | None:
         "backend": state.backend.name,
         "extra_bytes": sum(executor.kept_cuts.bytes for executor in state.executors.values()),
         "last_call": last,
+        **({} if state.measured is None else {"measured": state.measured}),
         **counted,
     }

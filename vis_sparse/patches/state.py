@@ -38,6 +38,7 @@ from ..kernels import Backend
 from ..layout.layout import LayoutError, VisualLayout
 from ..layout.packing import Packing, pack, text_coordinates
 from ..plans.carried import to_block
+from ..plans.measured import MeasuredPlan
 from ..plans.plan import VisualPlan
 from .arguments import Asked, added_rows, check_arguments, check_mask, host_mask, planes, unbound, wants_hidden
 from .errors import PatchError
@@ -74,6 +75,7 @@ class PatchState:
         self._sizes = decoder.num_heads, decoder.ffn_size
         self.executors = {name: LaneExecutor(decoder, plan, backend) for name, plan in plans.items()}
         self.default = next(iter(plans))
+        self.measured: MeasuredPlan | None = None  # by which "auto" was chosen
         # plan and tables of the last call that ran in lanes, and of the last whole prompt among them: to look at
         self.last: tuple[str, Packing | StepPacking] | None = None
         self.last_prompt: tuple[str, Packing] | None = None

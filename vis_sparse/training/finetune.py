@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..patches import Plan, inspect, patch, unpatched
@@ -68,6 +68,7 @@ def finetune(
     if settings.distill:
         place = out / "teacher"
         teacher = taught(model, encoder, conversations, place, settings.top, settings.cache_bytes, on_teacher)
+    set_seed(settings.seed)  # adapters begin with random numbers
     if settings.lora is None:
         trained = whole_decoder(model, settings.projector)
     else:
