@@ -22,6 +22,7 @@ from .rows import add_rows
 from .steps import Step
 from .token_scores import norms, on_host
 from .tokens import check_text_follows, choose
+from .weights import autocasts
 
 
 class LaneExecutor:
@@ -114,7 +115,7 @@ class LaneExecutor:
         angles = Angles.of(cos, sin, call.num_text)
         # passed: where tokens left, all visual rows before and which of them went on
         whole, stopped, passed, recording = call, None, [], torch.is_grad_enabled()
-        in_place = not (recording or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type))
+        in_place = not (recording or torch.compiler.is_compiling() or autocasts(x.device))
         for index, (lane, parts) in enumerate(zip(self.layers, bound)):
             if collect is not None:
                 collect.append(_merged(whole, hidden, x, stopped, passed).clone())

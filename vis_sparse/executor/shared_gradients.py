@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from .weights import Selection, index_on, product
+from .weights import Selection, autocasts, index_on, product
 
 
 class _Products(torch.autograd.Function):
@@ -45,8 +45,7 @@ def shares_gradient(weight: torch.Tensor) -> bool:
     return (
         torch.is_grad_enabled()
         and weight.requires_grad
-        and not weight.is_meta  # which knows no autocast
-        and not torch.is_autocast_enabled(weight.device.type)
+        and not autocasts(weight.device)
         and not torch.compiler.is_compiling()
     )
 

@@ -71,6 +71,11 @@ if _ONE_DNN is not None:
         return 2 * prod(x_shape) * weight_shape[0]
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether products on a device run under autocast, which the meta device does not know."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether the weight may be used directly instead of calling the module: nobody listens to its calls.
 
