@@ -60,6 +60,12 @@ def check_devices(device_map: Mapping[str, object] | None) -> None:
         )
 
 
+def wraps_of(before: list[tuple]) -> list:
+    """What `check_layers` depends on beside the modules that are bound: classes and hooks of `blocks`."""
+    owners = [owner for layer, attention, ffn, _ in before for owner in (layer, attention, ffn)]
+    return [*map(type, owners), *(vars(owner).get("_hf_hook") for owner in owners)]
+
+
 def check_layers(layers: nn.ModuleList) -> None:
     """Raise PatchError where the parameters of a decoder layer are there only while the layer itself is called, or only
     in part."""
