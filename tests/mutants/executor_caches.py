@@ -84,14 +84,14 @@ MUTANTS = mutants((
     # Decode steps
     (
         "steps read what is masked later", STEPS,
-        "mask.gather(1, columns.expand(self.batch, -1)) for",
-        "torch.ones_like(columns, dtype=torch.bool) for",
+        "read = mask.gather(1, self.columns[place][:, :taken].expand(self.batch, -1))",
+        "read = torch.ones_like(self.columns[place][:, :taken], dtype=torch.bool)",
         "executor/test_steps.py::test_steps_are_the_unpatched_models[ragged]",
     ),
     (
         "steps read the prompt's padding", STEPS,
-        "if not self.is_whole:\n            valid",
-        "if False:\n            valid",
+        "valid = None if self.is_whole else",
+        "valid = None if True else",
         "executor/test_steps.py::test_padding_stays_unread_without_a_mask",
     ),
     (
@@ -108,9 +108,9 @@ MUTANTS = mutants((
         "executor/test_steps.py::test_more_steps_than_there_was_room_for",
     ),
     (
-        "blind heads read visual keys in steps", "kernels/patterns.py",
-        "            seen = ~hidden\n",
-        "            seen = torch.ones_like(hidden)\n",
+        "blind heads read visual keys in steps", STEPS,
+        "Mask(~(heads[:, None] & self.is_visual)[None, :, None])",
+        "Mask(~(heads[:, None] & ~heads[:, None] & self.is_visual)[None, :, None])",
         *oracle("one"),
     ),
     # A call's tables

@@ -74,7 +74,7 @@ MUTANTS = mutants((
     ),
     (
         "a repeated layout leaves the cache's book empty", STATE,
-        "        elif layers is not None:\n            layers[0].book.append(call.packing.slots(), length)\n",
+        "        elif layers is not None:\n            layers[0].book.append(call.own_slots, length)\n",
         "",
         "executor/test_cache.py::test_the_callers_cache_is_used",
     ),

@@ -14,7 +14,8 @@ from operator import is_
 import torch
 from torch import nn
 
-from .weights import CutLinear, is_plain, listens, product, select
+from .rows import add_rows
+from .weights import CutLinear, is_plain, is_small, listens, product, select
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -32,27 +33,54 @@ class BoundLayer:
         for part, module in modules.items():
             setattr(self, part, _function(module, layer.fused.get(part), layer.norms.get(part)))
         for name, cut in cuts.items():
-            setattr(self, name, cut.bound())
+            modules_of = cut.modules()
+            plain = all(map(is_plain, modules_of))
+            call = Product(cut.tensors(modules_of)) if plain else Called(cut.whole(modules_of))
+            setattr(self, name, call)
         names = ("query", "key", "value")
         whole = all(is_plain(modules[name]) for name in names)
         self.linears = [(modules[name]._parameters, layer.fused.get(name)) for name in names] if whole else None
+
+
+class Product:
+    """A plain linear layer, or a cut of some: tensors() gives weight and bias as they are now."""
+
+    def __init__(self, tensors: Callable[[], tuple[torch.Tensor, torch.Tensor | None]]):
+        self._tensors = tensors
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return product(x, *self._tensors())
+
+    def add_to(self, x: torch.Tensor, start: int, h: torch.Tensor) -> torch.Tensor:
+        """x, where nobody records it, with what is made of h added to its rows from `start` on."""
+        weight, bias = self._tensors()
+        if bias is None and x.dtype == weight.dtype and is_small(len(h), weight):
+            rows = x[start : start + len(h)]
+            torch.addmm(rows, h, weight.t(), out=rows)
+            return x
+        return add_rows(x, start, product(h, weight, bias))
+
+
+class Called:
+    """What is no plain linear layer, called whole."""
+
+    def __init__(self, call: Function):
+        self._call = call
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._call(x)
+
+    def add_to(self, x: torch.Tensor, start: int, h: torch.Tensor) -> torch.Tensor:
+        return add_rows(x, start, self._call(h))
 
 
 def _function(module, outputs: range | None, norm: tuple[type, str] | None) -> Function:
     if norm is not None and _computes_rms(module, *norm):
         return _rms(module, norm[1])
     if is_plain(module):
-        return _product(module, outputs)
-    if outputs is None:
-        return module
-    return lambda x: select(module(x), 1, outputs)
-
-
-def _product(module: nn.Linear, outputs: range | None) -> Function:
-    parameters = module._parameters
-    if outputs is None:
-        return lambda x: product(x, parameters["weight"], parameters["bias"])
-    return lambda x: product(x, *own(parameters, outputs))
+        parameters = module._parameters
+        return Product(lambda: own(parameters, outputs))
+    return Called(module if outputs is None else lambda x: select(module(x), 1, outputs))
 
 
 def own(parameters: dict, outputs: range | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -80,7 +108,7 @@ def _rms(module: nn.Module, eps: str) -> Function:
 
 
 class Bound:
-    """Layers as they were bound, and whether that still holds."""
+    """Layers as they were bound, and whether that still holds. checked: what callers found right while it did."""
 
     def __init__(self, layers: Iterable[tuple[object, dict[str, CutLinear]]]):
         layers = list(layers)
@@ -88,6 +116,7 @@ class Bound:
         places = [place for layer, _ in layers for place in layer.parts.values()]
         # functions that are no modules lie elsewhere
         self._owners = [owner._modules if name in owner._modules else vars(owner) for owner, name in places]
+        self.checked: object = None
         self._names = [name for _, name in places]
         self._found = list(map(dict.get, self._owners, self._names))
         modules = [module for module in self._found if isinstance(module, nn.Module)]

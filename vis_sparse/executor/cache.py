@@ -51,17 +51,20 @@ class Book:
         self._steps = None
 
     def _append(self, earlier: Coordinates, slots: Coordinates) -> None:
+        self.is_uniform &= bool(slots.valid.all() and (slots.column == slots.column[:1]).all())
+        if not earlier.column.shape[1]:
+            self._slots = slots
+            return
         # segments of earlier calls keep no identity (only "full" attention reads them)
         earlier = earlier._replace(segment=np.where(earlier.is_visual, np.iinfo(np.int64).max, -1))
         self._slots = Coordinates(*(np.concatenate([a, b], axis=1) for a, b in zip(earlier, slots)))
-        self.is_uniform &= bool(slots.valid.all() and (slots.column == slots.column[:1]).all())
 
-    def step(self, mask: torch.Tensor | None, device: torch.device) -> Step:
-        """The tables of a decode step, whose slot is added. mask: (batch, columns with the step's own), or None."""
+    def step(self, mask: torch.Tensor | None, own: torch.Tensor | None, device: torch.device) -> Step:
+        """The tables of a decode step, whose slot is added. mask: (batch, columns with the step's own) bool, or None;
+        own: its last column."""
         if self._steps is None or self._steps.device != device:
             self._steps = Steps(self.slots, self.length, device)
         step = self._steps.next(mask)
-        own = None if step.is_unmasked else mask[:, -1].clone()
         self._pending.append((self.length, own))
         self.length += 1
         return step

@@ -63,6 +63,11 @@ class Call:
         return Call(*moved, self.device, self.mask, left, self._ranks)
 
     @cached_property
+    def own_slots(self) -> Coordinates:
+        """The slots that the call adds."""
+        return self.packing.slots()
+
+    @cached_property
     def _index(self) -> np.ndarray:
         return self.packing.row_index()
 

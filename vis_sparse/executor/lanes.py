@@ -19,7 +19,7 @@ from .decoder import Decoder
 from .kept_cuts import KeptCuts
 from .layer import Angles, LaneLayer
 from .rows import add_rows
-from .steps import Step
+from .steps import Step, mask_of_step
 from .token_scores import norms, on_host
 from .tokens import check_text_follows, choose
 from .weights import autocasts
@@ -35,33 +35,27 @@ class LaneExecutor:
         self.layers = [LaneLayer(layer, w, decoder, zero, backend) for layer, w in zip(decoder.layers, work)]
         self.kept_cuts = KeptCuts(cut for lane in self.layers for cut in lane.cuts.values())
         self._bound: Bound | None = None
+        # whether visual tokens leave between layers, so that the tables behind depend on values, and whether a text row
+        # decides which ones
+        self.drops = any(lane.work.tokens is not None for lane in self.layers)
+        self.ranks_by_text = any(lane.scores_tokens for lane in self.layers)
         self.last_use = max((i for i, lane in enumerate(self.layers) if lane.uses_visual), default=-1)
 
     def __getstate__(self):
         return {**vars(self), "_bound": None}  # a copy of the model has modules of its own
 
-    def bound(self) -> list[BoundLayer]:
+    def bound(self) -> Bound:
         """The layers' modules as they are now; to be asked for once a call."""
         bound = self._bound
         if bound is not None and torch.compiler.is_compiling():
-            return bound.layers  # what may change is the compiler's to guard
+            return bound  # what may change is the compiler's to guard
         if bound is None or not bound.holds():
             bound = self._bound = Bound([(lane.layer, lane.cuts) for lane in self.layers])
-        return bound.layers
+        return bound
 
     @property
     def checkpoints(self) -> bool:
         return torch.is_grad_enabled() and any(lane.layer.checkpoints for lane in self.layers)
-
-    @property
-    def drops(self) -> bool:
-        """Whether visual tokens leave between layers: the tables behind depend on values then."""
-        return any(lane.work.tokens is not None for lane in self.layers)
-
-    @property
-    def ranks_by_text(self) -> bool:
-        """Whether a text row decides which visual tokens go on somewhere."""
-        return any(lane.scores_tokens for lane in self.layers)
 
     def check(self, packing: Packing, ranks: np.ndarray | None = None) -> None:
         """Raise LayoutError for a call that the plan cannot run on."""
@@ -82,11 +76,13 @@ class LaneExecutor:
 
         mask: (batch, columns with the step's own), 0 = padding, on any device; None = none.
         """
-        mask = None if mask is None else mask.to(device)
-        return _linked([layer.book.step(mask, device) for layer in cache_layers if layer.leads])
+        mask = mask_of_step(mask, device)
+        own = None if mask is None else mask[:, -1].clone()
+        return _linked([layer.book.step(mask, own, device) for layer in cache_layers if layer.leads])
 
     def fixed_step(self, cache_layers, mask: torch.Tensor | None) -> Step:
         """As `step`, on layers of one size (`LaneCacheLayer.fix`); to be advanced after it. mask: on their device."""
+        mask = None if mask is None else mask.bool()
         return _linked([layer.book.fixed.next(mask) for layer in cache_layers if layer.leads])
 
     def adopt(self, keys_values: Sequence[tuple[torch.Tensor, torch.Tensor]], cache_layers) -> None:
@@ -116,7 +112,7 @@ class LaneExecutor:
         # passed: where tokens left, all visual rows before and which of them went on
         whole, stopped, passed, recording = call, None, [], torch.is_grad_enabled()
         in_place = not (recording or torch.compiler.is_compiling() or autocasts(x.device))
-        for index, (lane, parts) in enumerate(zip(self.layers, bound)):
+        for index, (lane, parts) in enumerate(zip(self.layers, bound.layers)):
             if collect is not None:
                 collect.append(_merged(whole, hidden, x, stopped, passed).clone())
             if index == self.last_use + 1:

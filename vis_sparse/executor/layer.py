@@ -111,7 +111,7 @@ class LaneLayer:
             return self._both_lanes(x, call, angles, parts, stores, in_place)
         query, kv = self._projected(parts.input_norm(x), _ALL, angles.text, parts, in_place)
         self._store(call.by_sample(kv), None, stores)
-        x = add_rows(x, 0, parts.output(self._text_attention(query, call, stores)))
+        x = _add(parts.output, x, 0, self._text_attention(query, call, stores), in_place)
         return self._feed_forward(x, x, None, parts, in_place), None
 
     def _both_lanes(self, x, call: Call, angles: Angles, parts: BoundLayer, stores, in_place: bool):
@@ -137,10 +137,10 @@ class LaneLayer:
         keys_values = self._store(call.by_sample(kv), slots, stores)
         if self.is_joint and call.order is not None:
             rows = call.joint_attention(self.backend, every_query, every_kv, self.layer.scale)
-            x = add_rows(x, 0, parts.output(rows.flatten(1)))
+            x = _add(parts.output, x, 0, rows.flatten(1), in_place)
         else:
             out = self._text_attention(query, call, stores)
-            x = self._add_attention(x, out, visual_query, keys_values, call, parts)
+            x = self._add_attention(x, out, visual_query, keys_values, call, parts, in_place)
         scores = self._scores(query, call, stores[0]) if self.scores_tokens else None
         h = x if self.whole_ffn or self.cuts_ffn else x[:num_text]
         return self._feed_forward(x, h, num_text if self.cuts_ffn else None, parts, in_place), scores
@@ -217,22 +217,22 @@ class LaneLayer:
             out = self.merge(torch.cat([seen, rest], 2), 2)
         return out.flatten(0, 1).flatten(1)
 
-    def _add_attention(self, x, out, visual_query, keys_values, call: Call, parts: BoundLayer):
+    def _add_attention(self, x, out, visual_query, keys_values, call: Call, parts: BoundLayer, in_place: bool):
         """x with what attention gives to both lanes."""
         num_text = call.num_text
         if not self.work.query_heads:
-            x = add_rows(x, 0, parts.output(out))
+            x = _add(parts.output, x, 0, out, in_place)
             return self._add_bias(x, num_text, parts) if self.work.attention != "none" else x
         pattern = call.visual_pattern(self.work.attention, self.work.stores)
         if self.heads.visual_keys is not None:
             keys_values = [select(t, 2, self.heads.visual_keys) for t in keys_values]
         seen = self.backend.visual_attention(visual_query, *keys_values, pattern, self.layer.scale).flatten(1)
         if len(self.work.query_heads) == self.num["query"]:
-            return add_rows(x, 0, parts.output(torch.cat([out, seen])))
+            return _add(parts.output, x, 0, torch.cat([out, seen]), in_place)
         if out.requires_grad:
             return x + torch.cat(self._of_lanes("output", out, seen, parts))
-        x = add_rows(x, 0, parts.output(out))
-        return add_rows(x, num_text, parts.cut_output(seen))
+        x = _add(parts.output, x, 0, out, in_place)
+        return _add(parts.cut_output, x, num_text, seen, in_place)
 
     def _of_lanes(self, part: str, text, visual, parts: BoundLayer):
         """A linear part on text rows, and its cut on visual rows, while gradients are recorded."""
@@ -271,16 +271,21 @@ class LaneLayer:
             inner = [parts.activation(gate) * factor for gate, factor in zip(gates, ups)]
             return x + torch.cat(self._of_lanes("down", *inner, parts))
         whole = h if cut_from is None else h[:cut_from]
-        x = add_rows(x, 0, _gated(whole, parts.gate, parts.up, parts.down, parts, in_place))
+        x = _add(parts.down, x, 0, _gated(whole, parts.gate, parts.up, parts, in_place), in_place)
         if cut_from is None:
             return x
-        delta = _gated(h[cut_from:], parts.cut_gate, parts.cut_up, parts.cut_down, parts, in_place)
-        return add_rows(x, cut_from, delta)
+        inner = _gated(h[cut_from:], parts.cut_gate, parts.cut_up, parts, in_place)
+        return _add(parts.cut_down, x, cut_from, inner, in_place)
 
 
-def _gated(h, gate, up, down, parts: BoundLayer, in_place: bool):
+def _add(part, x, start: int, h, in_place: bool):
+    """x with what `part` makes of h added to its rows from `start` on."""
+    return part.add_to(x, start, h) if in_place else add_rows(x, start, part(h))
+
+
+def _gated(h, gate, up, parts: BoundLayer, in_place: bool):
     inner, factor = parts.activation(gate(h)), up(h)
-    return down(inner.mul_(factor) if in_place else inner * factor)
+    return inner.mul_(factor) if in_place else inner * factor
 
 
 def _of_pairs(units: tuple[int, ...], number: int) -> Selection:

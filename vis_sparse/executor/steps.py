@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..kernels.patterns import StepPattern
+from ..kernels.patterns import HeadsMask, Mask, StepMask, StepPattern
 from ..layout.layout import VisualLayout
 from ..layout.packing import Coordinates, on_device
 
@@ -35,10 +35,11 @@ class _Tables:
             [on_device(table, device), on_device(table[:, ~visual], device)] for table in (column, rows.valid)
         )
         self.is_visual = on_device(visual, device)
-        self._hidden: dict[tuple[bool, ...], torch.Tensor] = {}
+        self._shown: dict[tuple[bool, ...], Mask] = {}
         self.end = length
         self.make_room(end)
 
+    @torch.inference_mode(False)  # they outlive the call
     def make_room(self, end: int) -> None:
         ahead = torch.arange(self.end, end, device=self.device)
         self.end = end
@@ -47,14 +48,15 @@ class _Tables:
         real = [torch.ones_like(more, dtype=torch.bool) for more in rows]
         self.valid = [torch.cat(pair, 1) for pair in zip(self.valid, real)]
         self.is_visual = torch.cat([self.is_visual, torch.zeros_like(ahead, dtype=torch.bool)])
-        self._hidden.clear()
+        self._shown.clear()
 
-    def hidden(self, blind: tuple[bool, ...]) -> torch.Tensor:
-        """(1, heads, 1, slots with room) bool: the slots that blind heads must not read."""
-        if blind not in self._hidden:
+    def shown(self, blind: tuple[bool, ...]) -> Mask:
+        """(1, heads, 1, slots with room): what blind heads may read."""
+        if blind not in self._shown:
             heads = on_device(np.array(blind), self.device)
-            self._hidden[blind] = (heads[:, None] & self.is_visual)[None, :, None]
-        return self._hidden[blind]
+            with torch.inference_mode(False):
+                self._shown[blind] = Mask(~(heads[:, None] & self.is_visual)[None, :, None])
+        return self._shown[blind]
 
 
 class Steps(_Tables):
@@ -64,22 +66,20 @@ class Steps(_Tables):
         super().__init__(slots, length, device, _with_room(length))
 
     def next(self, mask: torch.Tensor | None) -> Step:
-        """The next step. mask: (batch, columns with the step's own) on the device, False or 0 = padding."""
+        """The next step. mask: (batch, columns with the step's own) bool on the device, False = padding."""
         past, self.length = self.length, self.length + 1
         if self.length > self.end:
             self.make_room(_with_room(self.length))
         self.taken = [taken + 1 for taken in self.taken]
-        if mask is not None and self.is_whole and _is_on_host(mask) and bool(mask.numpy().all()):
-            mask = None  # on a CPU a look costs less than the tables
-        allowed: list[torch.Tensor | None] = [None, None]
-        if mask is not None:
-            mask = mask.bool()
-            used = [table[:, :taken] for table, taken in zip(self.columns, self.taken)]
-            allowed = [mask.gather(1, columns.expand(self.batch, -1)) for columns in used]
-        if not self.is_whole:
-            valid = [table[:, :taken] for table, taken in zip(self.valid, self.taken)]
-            allowed = [own if read is None else own & read for own, read in zip(valid, allowed)]
-        return Step(self, self.taken, allowed, mask is None, StepPacking(VisualLayout(self.batch), past, self.batch))
+        return Step(self, self.taken, mask, StepPacking(VisualLayout(self.batch), past, self.batch))
+
+    def allowed(self, place: int, taken: int, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """(batch or 1, taken) bool: the slots of a place that a step reads; None if all."""
+        valid = None if self.is_whole else self.valid[place][:, :taken]
+        if mask is None:
+            return valid
+        read = mask.gather(1, self.columns[place][:, :taken].expand(self.batch, -1))
+        return read if valid is None else read & valid
 
     def select(self, samples: torch.Tensor) -> None:
         """Keep the given samples, in that order."""
@@ -106,19 +106,18 @@ class FixedSteps(_Tables):
             self.at = [torch.tensor([taken], device=device) for taken in self.taken]
 
     def next(self, mask: torch.Tensor | None) -> Step:
-        """The next step. mask: (batch, columns, the step's own among them) on the device, False or 0 = padding."""
-        allowed = [columns <= self.column for columns in self.columns]
+        """The next step. mask: (batch, columns, the step's own among them) bool on the device, False = padding."""
+        return Step(self, [table.shape[1] for table in self.columns], mask)
+
+    def allowed(self, place: int, taken: int, mask: torch.Tensor | None) -> torch.Tensor:
+        """(batch or 1, slots with room) bool: the slots of a place that the step reads."""
+        columns = self.columns[place]
+        read = columns <= self.column
         if not self.is_whole:
-            allowed = [read & own for read, own in zip(allowed, self.valid)]
-        if mask is not None:
-            last = mask.shape[1] - 1
-            mask = mask.bool()
-            allowed = [
-                read & mask.gather(1, columns.clamp(max=last).expand(self.batch, -1))
-                for read, columns in zip(allowed, self.columns)
-            ]
-        slots = [table.shape[1] for table in self.columns]
-        return Step(self, slots, allowed, mask is None)
+            read = read & self.valid[place]
+        if mask is None:
+            return read
+        return read & mask.gather(1, columns.clamp(max=mask.shape[1] - 1).expand(self.batch, -1))
 
     def advance(self) -> None:
         """Go on to the step behind the one that ran."""
@@ -136,8 +135,11 @@ def _with_room(length: int) -> int:
     return length + 16 + length // 4
 
 
-def _is_on_host(mask: torch.Tensor) -> bool:
-    return type(mask) is torch.Tensor and mask.device.type == "cpu" and not torch.compiler.is_compiling()
+def mask_of_step(mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """A step's mask on the device, bool; None if nothing is padding, as far as that can be told for nothing."""
+    if mask is None or type(mask) is torch.Tensor and mask.device.type == "cpu" and bool(mask.numpy().all()):
+        return None  # on a CPU a look costs less than the tables
+    return mask.to(device).bool()
 
 
 class StepPacking(NamedTuple):
@@ -159,12 +161,13 @@ class Step:
     order = None
     has_run = True
 
-    def __init__(self, tables: _Tables, slots: list[int], allowed: list, is_unmasked: bool, packing=None):
+    def __init__(self, tables: Steps | FixedSteps, slots: list[int], mask: torch.Tensor | None, packing=None):
         self.batch = self.num_text = tables.batch
-        self.is_unmasked, self.packing = is_unmasked, packing
+        self.packing = packing
         self.following: Step | None = None  # the same step's tables behind layers after which tokens left
-        self._tables, self._slots, self._allowed = tables, slots, allowed
+        self._tables, self._slots, self._mask = tables, slots, mask
         self._patterns: dict = {}
+        self._read: dict[int, StepMask | None] = {}
 
     def split(self, hidden, cos, sin):
         half = sin.shape[-1] // 2
@@ -181,6 +184,12 @@ class Step:
     def text_pattern(self, seen: bool, blind: tuple[bool, ...] | None = None) -> StepPattern:
         if (seen, blind) not in self._patterns:
             place = 0 if seen else 1
-            hidden = None if blind is None else self._tables.hidden(blind)[..., : self._slots[place]]
-            self._patterns[seen, blind] = StepPattern(self._allowed[place], hidden)
+            slots = self._slots[place]
+            if place not in self._read:
+                allowed = self._tables.allowed(place, slots, self._mask)
+                self._read[place] = None if allowed is None else StepMask(allowed[:, None, None])
+            mask = self._read[place]
+            if blind is not None:
+                mask = HeadsMask(mask, self._tables.shown(blind), slots)
+            self._patterns[seen, blind] = StepPattern(mask)
         return self._patterns[seen, blind]

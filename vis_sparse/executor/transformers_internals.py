@@ -136,7 +136,8 @@ def set_cache_layers(cache, layers: list) -> None:
 
 
 def holds_lanes(cache) -> bool:
-    return any(isinstance(layer, LaneLayerBase) for layer in cache_layers(cache))
+    layers = cache_layers(cache)  # all of them do, or none
+    return len(layers) > 0 and isinstance(layers[0], LaneLayerBase)
 
 
 def holds_plain_or_lanes(cache) -> bool:
@@ -160,8 +161,7 @@ def static_columns(cache) -> int | None:
 
 def is_fixed(cache) -> bool:
     """Whether a cache holds lanes of one size, between decode steps of one shape."""
-    layers = cache_layers(cache)
-    return len(layers) > 0 and isinstance(layers[0], LaneLayerBase) and layers[0].is_compileable
+    return holds_lanes(cache) and cache_layers(cache)[0].is_compileable
 
 
 def describe_cache(cache) -> str:

@@ -73,7 +73,7 @@ if _ONE_DNN is not None:
 
 def autocasts(device: torch.device) -> bool:
     """Whether products on a device run under autocast, which the meta device does not know."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -157,8 +157,8 @@ def unit_columns(units: Sequence[int], width: int) -> tuple[int, ...]:
 class CutLinear:
     """Linear layers side by side, cut to some outputs (`rows`, a list for each layer) or inputs (`columns` of `width`).
 
-    find(name) gives a layer's module, which adapters may replace. Bound to the modules that there are, it is a function
-    of x (n, in) that gives (n, sum of the layers' outputs); with `columns`, x holds those inputs only.
+    find(name) gives a layer's module, which adapters may replace. The cut takes x (n, in) to (n, sum of the layers'
+    outputs); with `columns`, x holds those inputs only.
     A view is made in every call: kept, it would hold on to the storage that a parameter had once. A copy is kept by
     `keep` and used until `forget`; without one the weight is cut in every call, as it is while gradients are recorded
     for it, so that they reach the parameters.
@@ -194,16 +194,18 @@ class CutLinear:
     def modules(self) -> list[nn.Module]:
         return [self._find(name) for name in self._names]
 
-    def bound(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        modules = self.modules()
-        if not all(map(is_plain, modules)):
-            return lambda x: self._whole(x, modules)
+    def tensors(self, modules: Sequence[nn.Module]) -> Callable[[], tuple[torch.Tensor, torch.Tensor | None]]:
+        """What gives the cut weight and bias of plain `modules` as they are now."""
 
-        def call(x: torch.Tensor) -> torch.Tensor:
+        def found():
             kept = self._kept
-            return product(x, *(self._cut(modules) if kept is None or records_gradients(modules) else kept))
+            return self._cut(modules) if kept is None or records_gradients(modules) else kept
 
-        return call
+        return found
+
+    def whole(self, modules: Sequence[nn.Module]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What calls any `modules` whole and cuts what they give."""
+        return lambda x: self._whole(x, modules)
 
     def keep(self, modules: Sequence[nn.Module]) -> None:
         """Cut the weights of plain `modules` and keep the copy."""

@@ -111,32 +111,43 @@ class TextPattern(_Pattern):
         return Mask(on_device(allowed, self.device))
 
 
-class StepPattern:
-    """What the one text query of each sample reads in a decode step, from tables on the device.
-
-    allowed: (batch or 1, slots) bool; None if all. hidden: (1, heads, 1, slots) bool, what blind heads must not read;
-    None if nothing.
-    """
-
-    is_causal = False
-
-    def __init__(self, allowed: torch.Tensor | None, hidden: torch.Tensor | None):
-        if allowed is not None:
-            allowed = allowed[:, None, None]
-        if hidden is not None:
-            seen = ~hidden
-            allowed = seen if allowed is None else seen & allowed
-        self.mask = None if allowed is None else StepMask(allowed)
-
-
 class StepMask(Mask):
-    """A step's: nothing of it is kept, so it may be made in inference mode."""
+    """A step's: nothing of it outlives the step, so it may be made in inference mode."""
 
     def bias(self, dtype: torch.dtype) -> torch.Tensor:
         if dtype not in self._bias:
-            zeros = torch.zeros(self.allowed.shape, dtype=dtype, device=self.allowed.device)
-            self._bias[dtype] = zeros.masked_fill(~self.allowed, float("-inf"))
+            zero = torch.zeros((), dtype=dtype, device=self.allowed.device)
+            self._bias[dtype] = torch.where(self.allowed, zero, float("-inf"))
         return self._bias[dtype]
+
+
+class HeadsMask:
+    """What the heads of a layer read of the slots that a step reads.
+
+    read: (batch or 1, 1, 1, slots), None for all. shown: (1, heads, 1, at least as many slots), what blind heads may
+    read; it is kept over steps, and so is what is made of it.
+    """
+
+    def __init__(self, read: Mask | None, shown: Mask, slots: int):
+        self._read, self._shown, self._slots = read, shown, slots
+
+    @property
+    def allowed(self) -> torch.Tensor:
+        shown = self._shown.allowed[..., : self._slots]
+        return shown if self._read is None else shown & self._read.allowed
+
+    def bias(self, dtype: torch.dtype) -> torch.Tensor:
+        shown = self._shown.bias(dtype)[..., : self._slots]
+        return shown if self._read is None else shown + self._read.bias(dtype)
+
+
+class StepPattern:
+    """What the one text query of each sample reads in a decode step, from tables on the device."""
+
+    is_causal = False
+
+    def __init__(self, mask: Mask | HeadsMask | None):
+        self.mask = mask
 
 
 @dataclass(frozen=True)

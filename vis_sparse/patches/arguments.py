@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..executor.bound import BoundLayer
+from ..executor.bound import Bound
 from ..executor.transformers_internals import CACHE, describe_cache, holds_plain_or_lanes
 from ..layout.layout import LayoutError, VisualLayout
 from .errors import PatchError
@@ -34,7 +34,7 @@ class Asked(NamedTuple):
     past: int
     mask: np.ndarray | torch.Tensor | None
     is_step: bool
-    bound: list[BoundLayer]
+    bound: Bound
     capacity: int | None
 
 

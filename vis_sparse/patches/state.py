@@ -46,7 +46,7 @@ from .family import Family, Running, bound, prompt_ends
 from .saving import save_pretrained
 from .scopes import held, hold
 from .static import AROUND_LANES, check_causal, columns_read, step
-from .wraps import blocks, check_devices, check_layers, check_structure, check_text_model, refuse_replicas
+from .wraps import blocks, check_devices, check_structure, check_text_model, check_wraps, refuse_replicas
 
 # The call of an outer model that runs in this context.
 _RUNNING: ContextVar[tuple[PatchState, Running] | None] = ContextVar("vis_sparse_running", default=None)
@@ -215,10 +215,12 @@ class PatchState:
         check_arguments(self.text_model.config, attention_mask, position_ids, cache, length, past, kwargs)
         if layout.segments:
             check_devices(getattr(self.model, "hf_device_map", None))
-            check_layers(self.text_model.layers)
-        check_structure(self.text_model, self._blocks)
         name = self.plan_of(cache)
         executor = self.executors[name]
+        check_structure(self.text_model, self._blocks)
+        bound = executor.bound()
+        if layout.segments:
+            check_wraps(self.text_model.layers, self._blocks, bound)
         if cache is not None and executor.checkpoints:
             raise PatchError(f"{CACHE}: got a cache under gradient checkpointing, expected none")
         if layout.segments:
@@ -226,7 +228,7 @@ class PatchState:
         check_mask(attention_mask, past + length)
         is_step = in_lanes and past > 0 and length == 1 and not layout.segments
         mask = attention_mask if is_step else host_mask(attention_mask)
-        return Asked(name, layout, length, past, mask, is_step, executor.bound(), capacity)
+        return Asked(name, layout, length, past, mask, is_step, bound, capacity)
 
     def forward(
         self,
@@ -332,7 +334,7 @@ class PatchState:
             if key is not None:
                 self.kept_calls.keep(key, call)
         elif layers is not None:
-            layers[0].book.append(call.packing.slots(), length)
+            layers[0].book.append(call.own_slots, length)
         return call, layers
 
     def _cache_layers(self, name, cache, batch: int, past: int, mask: np.ndarray | None) -> list[LaneCacheLayer]:

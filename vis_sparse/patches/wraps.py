@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from ..executor.bound import Bound
 from .errors import PatchError
 
 _INSTEAD = "patch the model, then wrap it whole (fully_shard(model), FullyShardedDataParallel, DistributedDataParallel)"
@@ -58,6 +59,16 @@ def check_devices(device_map: Mapping[str, object] | None) -> None:
             f"model: got a device map over {len(computing)} devices, expected one that computes on one device (the "
             "rest may lie on the CPU or disk)"
         )
+
+
+def check_wraps(layers: nn.ModuleList, before: list[tuple], bound: Bound) -> None:
+    """`check_layers`, where what it depends on has changed since it was asked: the modules that are bound, and classes
+    and hooks of `blocks`."""
+    owners = [owner for layer, attention, ffn, _ in before for owner in (layer, attention, ffn)]
+    wraps = [*map(type, owners), *(vars(owner).get("_hf_hook") for owner in owners)]
+    if wraps != bound.checked:
+        check_layers(layers)
+        bound.checked = wraps
 
 
 def check_layers(layers: nn.ModuleList) -> None:
