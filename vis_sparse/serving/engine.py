@@ -150,8 +150,8 @@ def _noted(original, processor, *args, **kwargs):
 
 
 def _refuse(processor, request, error: ServingError) -> NoReturn:
-    """An error of the client's (HTTP 400). vLLM noted the request's images as sent to the engine, which never sees them:
-    they are to be sent again with whoever shows them next."""
+    """An error of the client's (HTTP 400). vLLM noted the request's images as sent to the engine, which never sees
+    them: they are to be sent again with whoever shows them next."""
     from vllm.exceptions import VLLMValidationError
 
     cache = processor.renderer.mm_processor_cache
