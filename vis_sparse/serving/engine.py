@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from .errors import ServingError
 from .metrics import count
@@ -132,11 +132,14 @@ def _noted(original, processor, *args, **kwargs):
     desk = _desk(processor)
     if desk is None or request.sampling_params is None:
         return request
-    if request.resumable:
-        raise ServingError("got a session whose input goes on (resumable), expected whole prompts under a plan")
     params = request.sampling_params  # the processor's own copy
     ranges = visual_ranges(request.mm_features or ())
-    note = note_of(desk.loaded, ranges, asked_plan(params.extra_args))
+    try:
+        if request.resumable:
+            raise ServingError("got a session whose input goes on (resumable), expected whole prompts under a plan")
+        note = note_of(desk.loaded, ranges, asked_plan(params.extra_args))
+    except ServingError as error:
+        _refuse(processor, request, error)
     params.extra_args = {**(params.extra_args or {}), NOTE: note}
     params.extra_args.pop(ASKED, None)
     request.cache_salt = salted(note, request.cache_salt, desk.loaded, desk.lays_out)
@@ -144,6 +147,18 @@ def _noted(original, processor, *args, **kwargs):
         params.skip_reading_prefix_cache = True  # its own copies (n > 1) have its salt
     count(desk.loaded.names[note["plan"]], sum(last + 1 - first for first, last in ranges), desk.savings[note["plan"]])
     return request
+
+
+def _refuse(processor, request, error: ServingError) -> NoReturn:
+    """An error of the client's (HTTP 400). vLLM noted the request's images as sent to the engine, which never sees
+    them: they are to be sent again with whoever shows them next."""
+    from vllm.exceptions import VLLMValidationError
+
+    cache = processor.renderer.mm_processor_cache
+    if cache is not None:
+        for feature in request.mm_features or ():
+            cache.invalidate(feature.mm_hash)
+    raise VLLMValidationError(str(error)) from None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 prefixes, several images and none, log-probabilities of prompts, and the rows that enter each layer."""
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 
 from vis_sparse.eval.random_checkpoint import random_llava
 from vis_sparse.plans.schedule import schedule
@@ -89,7 +90,7 @@ def test_prompts_that_begin_or_end_with_an_image(llm, against, plans):
 
 
 def test_an_unknown_plan_is_an_error_of_its_request(llm, against, plans):
-    with pytest.raises(ValueError, match="got 'yopo-12', expected one of the plans that the engine loaded"):
+    with pytest.raises(VLLMValidationError, match="got 'yopo-12', expected one of the plans that the engine loaded"):
         answers(llm, [Ask(1, 1, "yopo-12")])
     assert worst(llm, [Ask(1, 1, DEFAULT)], against, plans)[0] < TOLERANCE
 
