@@ -7,6 +7,7 @@ tiny LLaVA, four more start as nothing.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from string import ascii_lowercase
 
 import numpy as np
 import torch
@@ -16,12 +17,17 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaForConditionalG
 
 from vis_sparse.eval.tiny import checkpoint, model_llava
 from vis_sparse.eval.tiny.data import COLORS, COLUMNS, DIGITS, EMPTY, IMAGE_SIZE, ROWS, SHAPES, Scene
-from vis_sparse.eval.tiny.reading import MAX_LINES, ORDINALS, WORDS, Page
+from vis_sparse.eval.tiny.reading import MAX_LINES, ORDINALS, WORDS, Line, Page
 
 GRID, PATCH = model_llava.GRID, model_llava.PATCH
 NO_LABEL = -100
 LAYERS = 8
 BLANK = "blank"
+LETTERS = 7  # of the longest word
+# In the loss: what takes long to learn counts, what is noisy and nearly known does not.
+WEIGHTS = {"letter": 2.0, "word": 1.0, "row": 0.1, "column": 0.1, "shape": 0.1, "color": 0.1} | {
+    name: 0.3 for name in ("digit", "count", "line", "last", "lines")
+}
 # What heads tell apart, a word for each class.
 CLASSES = {
     "digit": (*DIGITS, EMPTY),
@@ -34,7 +40,8 @@ CLASSES = {
     "line": (*ORDINALS,),
     "last": ("not", "last"),
     "lines": DIGITS[: MAX_LINES + 1],
-}
+} | {f"letter_{place}": (*ascii_lowercase, BLANK) for place in range(LETTERS)}  # of the word
+EARLY_CLASSES = {"letter": tuple(ascii_lowercase)}  # the one under a token, for the middle of the tower
 
 
 def vision_config() -> CLIPVisionConfig:
@@ -62,25 +69,28 @@ def new_tower(seed: int = 0) -> CLIPVisionModel:
     return tower
 
 
-def features(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
-    """(B, 144, 128): what a LLaVA takes from its tower."""
+def features(tower: CLIPVisionModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Twice (B, 144, 128): what a LLaVA takes from its tower, and what the tower has half way."""
     hidden = tower.pre_layrnorm(tower.embeddings(pixels))
-    for layer in tower.encoder.layers:
+    half = hidden
+    for number, layer in enumerate(tower.encoder.layers):
         hidden = layer(hidden, None)
-    return hidden[:, 1:]
+        half = hidden if number == LAYERS // 2 - 1 else half
+    return hidden[:, 1:], half[:, 1:]
 
 
 class Heads(nn.Module):
-    """A linear head for each of `CLASSES`: (B, 144, 128) to {name: (B, 144, classes)}."""
+    """A linear head for each of `CLASSES` and `EARLY_CLASSES`: what `features` gives to {name: (B, 144, classes)}."""
 
     def __init__(self, width: int = 128):
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.heads = nn.ModuleDict({name: nn.Linear(width, len(words)) for name, words in CLASSES.items()})
+        self.norm, self.early_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        every = CLASSES | EARLY_CLASSES
+        self.heads = nn.ModuleDict({name: nn.Linear(width, len(words)) for name, words in every.items()})
 
-    def forward(self, hidden: Tensor) -> dict[str, Tensor]:
-        hidden = self.norm(hidden)
-        return {name: head(hidden) for name, head in self.heads.items()}
+    def forward(self, hidden: Tensor, half: Tensor) -> dict[str, Tensor]:
+        hidden, half = self.norm(hidden), self.early_norm(half)
+        return {name: head(half if name in EARLY_CLASSES else hidden) for name, head in self.heads.items()}
 
 
 @dataclass(frozen=True)
@@ -93,13 +103,13 @@ class Seen:
 
 def seen(images: Sequence[Scene | Page]) -> Seen:
     every = [labels_of(image) for image in images]
-    labels = {name: torch.from_numpy(np.stack([one[name] for one in every])) for name in CLASSES}
+    labels = {name: torch.from_numpy(np.stack([one[name] for one in every])) for name in every[0]}
     return Seen(model_llava.pixels([image.image for image in images]), labels)
 
 
 def labels_of(image: Scene | Page) -> dict[str, np.ndarray]:
     """Class indices of an image's tokens, {name: (144,) int64}."""
-    labels = {name: np.full(GRID * GRID, NO_LABEL) for name in CLASSES}
+    labels = {name: np.full(GRID * GRID, NO_LABEL) for name in CLASSES | EARLY_CLASSES}
     y, x = np.divmod(np.arange(GRID * GRID), GRID)
     if isinstance(image, Page):
         _label_page(labels, image, y, x)
@@ -120,17 +130,28 @@ def labels_of(image: Scene | Page) -> dict[str, np.ndarray]:
 def _label_page(labels: dict[str, np.ndarray], page: Page, y: np.ndarray, x: np.ndarray) -> None:
     middle_y, middle_x = y * PATCH + PATCH / 2, x * PATCH + PATCH / 2
     labels["word"][:] = CLASSES["word"].index(BLANK)
-    labels["lines"][:] = len(page.lines)
+    is_asked = len(page.lines) <= MAX_LINES
+    if is_asked:
+        labels["lines"][:] = len(page.lines)
     for number, line in enumerate(page.lines):
         left, top, right, bottom = line.box
         inside = (middle_x > left - 2) & (middle_x < right + 2) & (middle_y > top - 2) & (middle_y < bottom + 2)
         labels["word"][inside] = CLASSES["word"].index(line.word)
-        labels["line"][inside] = number
-        labels["last"][inside] = number == len(page.lines) - 1
+        labels["letter"][inside] = [ord(line.word[i]) - ord("a") for i in _letter_at(line, middle_x[inside])]
+        for place in range(LETTERS):
+            letter = line.word[place] if place < len(line.word) else BLANK
+            labels[f"letter_{place}"][inside] = CLASSES["letter_0"].index(letter)
+        if is_asked:
+            labels["line"][inside] = number
+            labels["last"][inside] = number == len(page.lines) - 1
+
+
+def _letter_at(line: Line, x: np.ndarray) -> np.ndarray:
+    return np.minimum(np.searchsorted(line.ends, x), len(line.word) - 1)
 
 
 def head_losses(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cross-entropies, 0 where nothing is known; a page's blank tokens together count a third of its words."""
+    """Cross-entropies times `WEIGHTS`, 0 where nothing is known; a page's blank tokens together count a third of its words."""
     losses = {}
     for name, values in logits.items():
         wanted = labels[name].flatten()
@@ -138,7 +159,7 @@ def head_losses(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[st
         weight = (wanted != NO_LABEL).float()
         if name == "word":
             weight = weight * torch.where(wanted == len(CLASSES["word"]) - 1, 0.05, 1.0)
-        losses[name] = (each * weight).sum() / weight.sum().clamp(min=1)
+        losses[name] = WEIGHTS.get(name, 1.0) * (each * weight).sum() / weight.sum().clamp(min=1)
     return losses
 
 

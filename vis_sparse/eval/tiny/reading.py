@@ -63,10 +63,11 @@ MARGIN = 2
 
 @dataclass(frozen=True)
 class Line:
-    """A word and its box on the page in pixels, (left, top, right, bottom)."""
+    """A word, its box on the page in pixels, (left, top, right, bottom), and the right ends of its letters."""
 
     word: str
     box: tuple[int, int, int, int]
+    ends: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,38 @@ def page(rng: np.random.Generator, split: str, words: Sequence[str]) -> Page:
         width, height = box[2] - box[0], box[3] - box[1]
         y = _at(top + MARGIN + int(gap), split)
         x = _at(int(rng.integers(0, max(1, IMAGE_SIZE - width - 1))), split)
-        pen.text((x - box[0], y - box[1]), word, font=font, fill=ink)
-        lines.append(Line(word, (x, y, x + width, y + height)))
+        lines.append(_written(pen, word, font, box, (x, y), ink))
         top = y + height
     return Page(canvas, tuple(lines))
+
+
+def full_page(rng: np.random.Generator, words: Sequence[str]) -> Page:
+    """A training page as full as it gets, several words to a row; its `lines` are the words. No question is asked about it."""
+    ink, paper = _colors(rng)
+    canvas = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), paper)
+    pen = ImageDraw.Draw(canvas)
+    found, y = [], 2 * int(rng.integers(0, 4))
+    while True:
+        x, height = 2 * int(rng.integers(0, 12)), 0
+        while True:
+            word = words[rng.integers(len(words))]
+            font = _font(FONTS[rng.integers(len(FONTS))], float(rng.choice(SIZES["train"])))
+            box = font.getbbox(word)
+            if x + box[2] - box[0] >= IMAGE_SIZE or y + box[3] - box[1] >= IMAGE_SIZE:
+                break
+            found.append(_written(pen, word, font, box, (x, y), ink))
+            x = _at(found[-1].box[2] + int(rng.integers(5, 16)), "train")
+            height = max(height, box[3] - box[1])
+        if not height:
+            return Page(canvas, tuple(found))
+        y = _at(y + height + int(rng.integers(2, 6)), "train")
+
+
+def _written(pen, word: str, font, box: tuple[int, ...], at: tuple[int, int], ink) -> Line:
+    x, y = at
+    pen.text((x - box[0], y - box[1]), word, font=font, fill=ink)
+    ends = tuple(x - box[0] + font.getlength(word[: end + 1]) for end in range(len(word)))
+    return Line(word, (x, y, x + box[2] - box[0], y + box[3] - box[1]), ends)
 
 
 def _at(place: int, split: str) -> int:

@@ -1,0 +1,162 @@
+"""Trains the deep model: `python -m torch.distributed.run --standalone --nproc-per-node 2 -m vis_sparse.eval.deep.train`.
+
+Stage 1 (`train_vision`) trains the tower alone; then the projector gets its first weights, without the decoder; stage 2 trains
+low-rank differences of the decoder, projector and tower on dialogs, with the tower's own losses kept.
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+
+from vis_sparse.eval.deep import texts, train_vision
+from vis_sparse.eval.deep.decoder import Decoder
+from vis_sparse.eval.deep.projector import Words, fit, new_projector, polish, projected
+from vis_sparse.eval.deep.run import Run, Schedule, join, rank, rounded, world
+from vis_sparse.eval.deep.sequences import NO_LABEL, Sequences, sequences, visual_places
+from vis_sparse.eval.deep.vision import Heads, Seen, features, head_losses, new_tower, seen
+from vis_sparse.eval.tiny import smollm2
+
+SEED = 2
+# What a process's sequences show; processes take them in turn.
+MIXES = (("grid", "page", "grid"), ("page", "shape", "page"), ("page", "grid", "chat"), ("grid", "page", "shape"))
+EXTRA_IMAGES = (0, 2, 2, 12)  # for the tower's own losses: easy-VQA, grids, pages, full pages
+RATES = {"lora": 1e-3, "projector": 3e-4, "tower": 1.2e-3}
+HEAD_WEIGHT, WORD_WEIGHT = 0.1, 0.1
+FIT_BATCHES, POLISH_STEPS = 30, 300
+LOG_STEPS, HELD_OUT_STEPS = 5, 50
+
+
+class Model(nn.Module):
+    """Tower, its heads, projector and decoder, for training."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokenizer = smollm2.tokenizer()
+        state = smollm2.causal_lm().state_dict()
+        self.decoder = Decoder(smollm2.config(), state)
+        self.tower, self.heads = new_tower(), Heads()
+        self.projector = new_projector(128, smollm2.config().hidden_size)
+        self.words = Words(state["model.embed_tokens.weight"], self.tokenizer)
+
+    def groups(self) -> list[tuple[float, dict]]:
+        vision = {f"tower.{name}": p for name, p in self.tower.named_parameters() if "post_layernorm" not in name}
+        vision |= {f"heads.{name}": p for name, p in self.heads.named_parameters()}
+        return [
+            (RATES["lora"], {f"lora.{name}": p for name, p in self.decoder.lora.items()}),
+            (RATES["projector"], {f"projector.{name}": p for name, p in self.projector.named_parameters()}),
+            (RATES["tower"], vision),
+        ]
+
+    def answers(self, data: Sequences, visual: Tensor) -> Tensor:
+        """Next-token logits where `data` has a target, (targets, vocabulary); visual: of the first images, (B, 144, width)."""
+        embedded = self.decoder.embeddings[data.ids].float()
+        places = visual_places(data.ids)
+        embedded = embedded.masked_scatter(places[..., None], visual.float())
+        hidden = self.decoder(embedded, data.positions, data.visible())
+        return self.decoder.logits(hidden[data.targets != NO_LABEL])
+
+
+def losses(model: Model, data: Sequences, images: Seen) -> dict[str, Tensor]:
+    """images: those that `data` shows, then others."""
+    with torch.autocast("cpu", torch.bfloat16):
+        found, half = features(model.tower, images.pixels)
+        heads = sum(head_losses(model.heads(found, half), images.labels).values())
+        visual = projected(model.projector, found)
+    words = model.words.loss(visual, images.labels)
+    logits = model.answers(data, visual[: len(data.images)])
+    where = data.targets != NO_LABEL
+    each = F.cross_entropy(logits.float(), data.targets[where], reduction="none")
+    weights = data.weights[where]
+    return {
+        "answers": (each * weights).sum() / weights.sum(),
+        "words": WORD_WEIGHT * words,
+        "heads": HEAD_WEIGHT * heads,
+    }
+
+
+@torch.no_grad()
+def held_out(model: Model, number: int, chats) -> dict[str, float]:
+    """Share of turns about held-out images whose answer, and its end, are the likeliest next tokens; by kind, and of the turns after
+    the first ("later") and those that lean on one before ("leaning")."""
+    right, asked = defaultdict(float), defaultdict(float)
+    for part in range(number):
+        rng = np.random.default_rng([SEED, 10**6, part, rank()])
+        data = sequences(model.tokenizer, rng, ("grid", "page", "shape"), chats, split="test")
+        with torch.autocast("cpu", torch.bfloat16):
+            visual = projected(model.projector, features(model.tower, seen(data.images).pixels)[0])
+        where = data.targets != NO_LABEL
+        correct = torch.ones_like(where)
+        correct[where] = model.answers(data, visual).argmax(dim=-1) == data.targets[where]
+        for row, turns in zip(correct, data.turns, strict=True):
+            for turn, number_in_dialog, start, end in turns:
+                names = [turn.kind, *(["later"] if number_in_dialog else []), *(["leaning"] if turn.leans else [])]
+                for name in names:
+                    asked[name] += 1
+                    right[name] += row[start:end].all().item()
+    names = sorted({"easy_vqa", "place", "count", "exists", "reading", "later", "leaning", "description", "which_line", "lines", "beside"})
+    counts = torch.tensor([[right[name], asked[name]] for name in names])
+    if distributed.is_initialized():
+        distributed.all_reduce(counts)
+    return {name: (good / all_).item() for name, (good, all_) in zip(names, counts, strict=True) if all_}
+
+
+def start(model: Model, vision_state: Path) -> list[float]:
+    """The tower of stage 1, and a projector for it; the losses of its last steps."""
+    with safe_open(vision_state, "pt") as state, torch.no_grad():
+        for part in ("tower", "heads"):
+            for name, parameter in getattr(model, part).named_parameters():
+                if f"weight/{part}.{name}" in state.keys():  # noqa: SIM118
+                    parameter.copy_(state.get_tensor(f"weight/{part}.{name}"))
+    parts = []
+    for number in range(FIT_BATCHES):
+        shown = seen(train_vision.images(np.random.default_rng([SEED, number]), (2, 8, 14, 4)))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            parts.append((features(model.tower, shown.pixels)[0].float(), shown))
+    wanted = [model.words.targets(shown.labels) for _, shown in parts]
+    kept = [(found[known], target[known]) for (found, _), (target, known) in zip(parts, wanted, strict=True)]
+    fit(model.projector, *(torch.cat(column) for column in zip(*kept, strict=True)))
+    return list(polish(model.projector, model.words, parts, POLISH_STEPS))
+
+
+def train(folder: Path, schedule: Schedule) -> None:
+    chats = texts.answered(folder / "texts.json")
+    model = Model()
+    run_folder = folder / "whole"
+    if not (run_folder / "state.safetensors").exists():
+        before = start(model, folder / "vision" / "state.safetensors")
+    run = Run(run_folder, schedule, model.groups())
+    if run.step == 0:
+        run.log(stage="projector", loss=rounded({"first": before[0], "last": before[-1]}))
+    model.decoder.refresh()
+    model.decoder.compile_pointwise()
+
+    def loss():
+        rng = np.random.default_rng([SEED, run.step, rank()])
+        mix = MIXES[(run.step * world() + rank()) % len(MIXES)]
+        data = sequences(model.tokenizer, rng, mix, chats)
+        return losses(model, data, seen([*data.images, *train_vision.images(rng, EXTRA_IMAGES)]))
+
+    while not run.done:
+        values = run.advance(loss)
+        model.decoder.refresh()
+        if run.step % LOG_STEPS == 0:
+            run.log(stage="whole", loss=rounded(values))
+        if run.step % HELD_OUT_STEPS == 0:
+            run.log(stage="whole", held_out=rounded(held_out(model, 4, chats)))
+    run.save()
+    run.log(stage="whole", held_out=rounded(held_out(model, 12, chats)))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/tiny/smol"), metavar="FOLDER")
+    parser.add_argument("--minutes", type=float, default=60.0)
+    given = parser.parse_args()
+    join()
+    train(given.out, Schedule(given.minutes, decay=0.35))
