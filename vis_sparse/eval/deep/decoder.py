@@ -107,7 +107,10 @@ class Decoder(nn.Module):
         names = [f"{layer}-{name}" for name in GROUPS[number]]
         a = torch.cat([self.lora[f"{name}-a"] for name in names]).to(self.dtype)
         found = Linears.apply(
-            rows.flatten(0, 1), a, self.weights[layer * len(GROUPS) + number], *(self.lora[f"{name}-b"] for name in names)
+            rows.flatten(0, 1),
+            a,
+            self.weights[layer * len(GROUPS) + number],
+            *(self.lora[f"{name}-b"] for name in names),
         )
         return found.unflatten(0, rows.shape[:2])
 
@@ -162,7 +165,9 @@ def rotated(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def heads_of(rows: Tensor, cos: Tensor, sin: Tensor, query_heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, L, out) to rotated queries (B, query_heads, L, head_dim), rotated keys and values (B, kv_heads, L, head_dim)."""
-    query, key, value = rows.unflatten(2, (query_heads + 2 * kv_heads, -1)).split([query_heads, kv_heads, kv_heads], dim=2)
+    query, key, value = rows.unflatten(2, (query_heads + 2 * kv_heads, -1)).split(
+        [query_heads, kv_heads, kv_heads], dim=2
+    )
     query, key = rotated(query, cos, sin), rotated(key, cos, sin)
     return tuple(part.transpose(1, 2).contiguous() for part in (query, key, value))
 

@@ -45,7 +45,9 @@ class Run:
     first one writes.
     """
 
-    def __init__(self, folder: Path, schedule: Schedule, groups: list[tuple[float, dict[str, Parameter]]], weight_decay=0.0):
+    def __init__(
+        self, folder: Path, schedule: Schedule, groups: list[tuple[float, dict[str, Parameter]]], weight_decay=0.0
+    ):
         self.folder, self.schedule = folder, schedule
         self.step, self.spent_before = 0, 0.0
         self.parameters = {name: p for _, group in groups for name, p in group.items()}
@@ -58,6 +60,9 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         if self.file.exists():
             self._load()
+        if distributed.is_initialized():
+            for parameter in self.parameters.values():
+                distributed.broadcast(parameter.data, 0)
         self.started = self.saved = time.monotonic()
         self.progress = self.seconds() / (60 * schedule.minutes)
         self.log(machine=machine())

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from vis_sparse.eval.tiny.data import Scene, easy_vqa_scenes, grid_scene
 from vis_sparse.eval.tiny.dialogs import Turn, asked_of, description, grid_talk, page_talk, page_turn, shape_talk
-from vis_sparse.eval.tiny.model_smol import IMAGE, VISUAL_TOKENS, end_of_question, image_prefix, end_of_answer, text_prefix
+from vis_sparse.eval.tiny.model_smol import (
+    IMAGE,
+    VISUAL_TOKENS,
+    end_of_answer,
+    end_of_question,
+    image_prefix,
+    text_prefix,
+)
 from vis_sparse.eval.tiny.reading import WORDS, Page, page
 from vis_sparse.eval.tiny.train import mirrored
 

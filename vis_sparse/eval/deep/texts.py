@@ -9,8 +9,7 @@ from transformers.utils.logging import disable_progress_bar
 from vis_sparse.eval.tiny import smollm2
 
 MAX_TOKENS, BATCH = 72, 64
-COUNTRIES = """France Italy Spain Germany Portugal Greece Egypt Japan China India Brazil Canada Mexico Norway Sweden Finland
-Denmark Poland Austria Ireland Russia Turkey Kenya Nigeria Peru Chile Argentina Australia Thailand Vietnam""".split()
+COUNTRIES = ["France", "Italy", "Spain", "Germany", "Portugal", "Greece", "Egypt", "Japan", "China", "India", "Brazil", "Canada", "Mexico", "Norway", "Sweden", "Finland", "Denmark", "Poland", "Austria", "Ireland", "Russia", "Turkey", "Kenya", "Nigeria", "Peru", "Chile", "Argentina", "Australia", "Thailand", "Vietnam"]
 THINGS = """the sun|the moon|a volcano|a computer|gravity|an atom|photosynthesis|the internet|a rainbow|an earthquake|music|a poem
 |a triangle|a prime number|a battery|a telescope|democracy|a desert|an ocean|a glacier|a vaccine|electricity|a robot|bread|cheese
 |chess|football|a library|a museum|a bridge|the heart|the brain|a whale|an elephant|a bee|a spider|a tree|a river|a city|a dream

@@ -25,10 +25,10 @@ from vis_sparse.eval.tiny import smollm2
 SEED = 2
 # What a process's sequences show; processes take them in turn.
 MIXES = (("grid", "page", "grid"), ("page", "shape", "page"), ("page", "grid", "chat"), ("grid", "page", "shape"))
-EXTRA_IMAGES = (0, 2, 2, 12)  # for the tower's own losses: easy-VQA, grids, pages, full pages
-RATES = {"lora": 1e-3, "projector": 3e-4, "tower": 1.2e-3}
+EXTRA_IMAGES = (0, 6, 4, 16)  # for the tower's own losses: easy-VQA, grids, pages, full pages
+RATES = {"lora": 1e-3, "projector": 3e-4, "tower": 2e-3}
 HEAD_WEIGHT, WORD_WEIGHT = 0.1, 0.1
-FIT_BATCHES, POLISH_STEPS = 30, 300
+FIT_BATCHES, POLISH_STEPS = 24, 150
 LOG_STEPS, HELD_OUT_STEPS = 5, 50
 
 
@@ -99,7 +99,21 @@ def held_out(model: Model, number: int, chats) -> dict[str, float]:
                 for name in names:
                     asked[name] += 1
                     right[name] += row[start:end].all().item()
-    names = sorted({"easy_vqa", "place", "count", "exists", "reading", "later", "leaning", "description", "which_line", "lines", "beside"})
+    names = sorted(
+        {
+            "easy_vqa",
+            "place",
+            "count",
+            "exists",
+            "reading",
+            "later",
+            "leaning",
+            "description",
+            "which_line",
+            "lines",
+            "beside",
+        }
+    )
     counts = torch.tensor([[right[name], asked[name]] for name in names])
     if distributed.is_initialized():
         distributed.all_reduce(counts)

@@ -50,7 +50,10 @@ def train(folder: Path, minutes: float) -> None:
             run.log(stage="vision", loss=rounded(values))
         if run.step % (8 * LOG_STEPS) == 0 and rank() == 0:
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                run.log(stage="vision", held_out=rounded(head_accuracy(heads(*features(tower, held_out.pixels)), held_out.labels)))
+                run.log(
+                    stage="vision",
+                    held_out=rounded(head_accuracy(heads(*features(tower, held_out.pixels)), held_out.labels)),
+                )
     run.save()
 
 

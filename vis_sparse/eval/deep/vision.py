@@ -13,20 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaForConditionalGeneration
+from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 from vis_sparse.eval.tiny import checkpoint, model_llava
-from vis_sparse.eval.tiny.data import COLORS, COLUMNS, DIGITS, EMPTY, IMAGE_SIZE, ROWS, SHAPES, Scene
+from vis_sparse.eval.tiny.data import COLORS, COLUMNS, DIGITS, EMPTY, ROWS, SHAPES, Scene
+from vis_sparse.eval.tiny.model_smol import vision_config
 from vis_sparse.eval.tiny.reading import MAX_LINES, ORDINALS, WORDS, Line, Page
 
 GRID, PATCH = model_llava.GRID, model_llava.PATCH
 NO_LABEL = -100
-LAYERS = 8
+LAYERS = vision_config().num_hidden_layers
 BLANK = "blank"
 LETTERS = 7  # of the longest word
 # In the loss: what takes long to learn counts, what is noisy and nearly known does not.
-WEIGHTS = {"letter": 2.0, "word": 1.0, "row": 0.1, "column": 0.1, "shape": 0.1, "color": 0.1} | {
-    name: 0.3 for name in ("digit", "count", "line", "last", "lines")
+WEIGHTS = {"letter": 2.0, "word": 1.0, "count": 1.0, "row": 0.1, "column": 0.1, "shape": 0.1, "color": 0.1} | {
+    name: 0.3 for name in ("digit", "line", "last", "lines", *(f"many_{digit}" for digit in DIGITS))
 }
 # What heads tell apart, a word for each class.
 CLASSES = {
@@ -41,15 +42,8 @@ CLASSES = {
     "last": ("not", "last"),
     "lines": DIGITS[: MAX_LINES + 1],
 } | {f"letter_{place}": (*ascii_lowercase, BLANK) for place in range(LETTERS)}  # of the word
+CLASSES |= {f"many_{digit}": DIGITS[: 3 + 1] for digit in DIGITS}  # in the grid: what a cell's count is chosen from
 EARLY_CLASSES = {"letter": tuple(ascii_lowercase)}  # the one under a token, for the middle of the tower
-
-
-def vision_config() -> CLIPVisionConfig:
-    """96x96 images, patches of 8: 144 tokens; 8 layers x 128."""
-    return CLIPVisionConfig(
-        image_size=IMAGE_SIZE, patch_size=PATCH, hidden_size=128, intermediate_size=512, num_hidden_layers=LAYERS,
-        num_attention_heads=4, projection_dim=128, hidden_act="quick_gelu",
-    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -120,6 +114,8 @@ def labels_of(image: Scene | Page) -> dict[str, np.ndarray]:
         labels["digit"] = np.array([CLASSES["digit"].index(word) for word in image.cells])[cell]
         labels["count"] = np.array(times)[cell]
         labels["row"], labels["column"] = y // 4, x // 4
+        for digit in DIGITS:
+            labels[f"many_{digit}"][:] = image.cells.count(digit)
     if image.shape:
         labels["shape"][:] = SHAPES.index(image.shape)
     if image.color:

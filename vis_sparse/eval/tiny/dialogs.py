@@ -111,7 +111,9 @@ def page_talk(rng: np.random.Generator, shown: Page, length: int = TURNS) -> tup
     """A conversation about a page; after a line come the ones above and below it."""
     turns, line = [], None
     while len(turns) < length:
-        options = [] if line is None else [(step, line + step) for step in (-1, 1) if 0 <= line + step < len(shown.lines)]
+        options = (
+            [] if line is None else [(step, line + step) for step in (-1, 1) if 0 <= line + step < len(shown.lines)]
+        )
         if options and rng.random() < 0.6:
             step, line = options[rng.integers(len(options))]
             way = "below" if step > 0 else "above"
