@@ -10,11 +10,21 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from vis_sparse.eval.tiny.data import COLUMNS, DIGITS, EMPTY, ROWS, Question, Scene, easy_vqa_scenes, grid_scene
-from vis_sparse.eval.tiny.reading import ORDINALS, WORDS, Page, page
+from vis_sparse.eval.tiny import data
+from vis_sparse.eval.tiny.data import (
+    COLUMNS,
+    DIGITS,
+    EMPTY,
+    ROWS,
+    Question,
+    Scene,
+    easy_vqa_scenes,
+    framed,
+    grid_scene,
+)
+from vis_sparse.eval.tiny.reading import ORDINALS, READING, WORDS, Page, page
 
 TURNS = 4
-READING, TURNS_KIND = "reading", "turns"
 BESIDE = {"to the left of": (0, -1), "to the right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 
@@ -36,8 +46,13 @@ class Dialog:
     turns: tuple[Turn, ...]
 
 
+def questions(kind: str, n: int, seed: int = 0, sizes: Sequence[tuple[int, int]] = ()) -> list[Question]:
+    """`data.questions` with one more kind, "reading": the first `n` questions of a kind about held-out images."""
+    return framed(reading_questions(n, seed), sizes) if kind == READING else data.questions(kind, n, seed, sizes)
+
+
 def reading_questions(n: int, seed: int = 0) -> list[Question]:
-    """The first `n` held-out questions about test pages ("what does the second line say?"), one a page, lines evenly."""
+    """Of test pages ("what does the second line say?"), one question a page."""
     rng = np.random.default_rng([seed, 1000])
     asked = []
     for _ in range(n):

@@ -15,8 +15,10 @@ from vis_sparse.eval.tiny.data import IMAGE_SIZE
 
 NAME, TITLE = "smol", "LLaVA with SmolLM2"
 MODEL = LlavaForConditionalGeneration
+WIDTH = 576
 SIZES = ()  # images as they are drawn
 PATCH, GRID = model_llava.PATCH, model_llava.GRID
+places = model_llava.places
 VISUAL_TOKENS = GRID * GRID
 IMAGE, IMAGE_TOKEN = 4, "<reponame>"  # a token that chats have no use for
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vis_sparse.eval.tiny.data import IMAGE_SIZE
 
+READING = "reading"  # the kind of question
 ORDINALS = ("first", "second", "third", "fourth")
 MIN_LINES, MAX_LINES = 2, len(ORDINALS)
 # Each is one token of SmolLM2's vocabulary, with and without a space before it.
