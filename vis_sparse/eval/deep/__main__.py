@@ -1,5 +1,5 @@
-"""Trains the deep model from nothing but SmolLM2: `python -m vis_sparse.eval.deep --out FOLDER`. Stopped and started again, it
-goes on. FOLDER gets the logs, the states of both stages and, at the end, what is shipped.
+"""Trains the deep model from nothing but SmolLM2: `python -m vis_sparse.eval.deep --out FOLDER`. Stopped and started
+again, it goes on. FOLDER gets the logs, the states of both stages and, at the end, what is shipped.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """SmolLM2's decoder for training: frozen weights in bf16, low-rank differences and the residual stream in fp32.
 
-Maps of the same rows are one product, and the difference goes with it: rows and what `a` makes of them side by side, times the
-frozen weight and `b` side by side. What is not a product is compiled.
+Maps of the same rows are one product, and the difference goes with it: rows and what `a` makes of them side by side,
+times the frozen weight and `b` side by side. What is not a product is compiled.
 """
 
 import math
@@ -91,8 +91,8 @@ class Decoder(nn.Module):
         return self.add_and_norm(hidden, added, self.norm, epsilon)[1]
 
     def _read(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        """Masked attention, as products (SDPA's backward takes twice as long here), in two parts: what the first rows may not see is
-        not computed."""
+        """Masked attention, as products (SDPA's backward takes twice as long here), in two parts: what the first rows
+        may not see is not computed."""
         kv_heads, length, head_dim = key.shape[1:]
         query, half, parts = query.unflatten(1, (kv_heads, -1)), length // 2, []
         for rows in (slice(0, half), slice(half, length)):
@@ -119,7 +119,8 @@ class Decoder(nn.Module):
 
 
 class Linears(torch.autograd.Function):
-    """(rows, in), all a (parts * rank, in), weights beside b (out, in + parts * rank), and each b (for its gradient) to (rows, out)."""
+    """(rows, in), all a (parts * rank, in), weights beside b (out, in + parts * rank), and each b (for its gradient) to
+    (rows, out)."""
 
     @staticmethod
     def forward(ctx, rows, a, weight, *bs):
@@ -164,7 +165,8 @@ def rotated(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def heads_of(rows: Tensor, cos: Tensor, sin: Tensor, query_heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, L, out) to rotated queries (B, query_heads, L, head_dim), rotated keys and values (B, kv_heads, L, head_dim)."""
+    """(B, L, out) to rotated queries (B, query_heads, L, head_dim), rotated keys and values (B, kv_heads, L,
+    head_dim)."""
     query, key, value = rows.unflatten(2, (query_heads + 2 * kv_heads, -1)).split(
         [query_heads, kv_heads, kv_heads], dim=2
     )

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from vis_sparse.eval.deep.vision import BLANK, CLASSES, NO_LABEL, Seen
 
-# Words of classes where they are not the class's own: what answers and questions say, and no digit's name for two things.
+# Words of classes where they are not the class's own: what answers and questions say, and no digit's name for two
+# things.
 WORDS_FOR = {
     "digit": (*CLASSES["digit"][:-1], "nothing"),
     "count": ("none", "single", "double", "triple"),
@@ -52,7 +53,8 @@ class Words:
         return total, known
 
     def loss(self, visual: Tensor, labels: dict[str, Tensor]) -> Tensor:
-        """Mean over the classes of cross-entropies between cosines, and the share of the targets' energy that is missed."""
+        """Mean over the classes of cross-entropies between cosines, and the share of the targets' energy that is
+        missed."""
         labels = shown(labels)
         offsets = F.normalize(visual.float() - self.mean, dim=-1)
         losses = []

@@ -24,8 +24,8 @@ SAVE_SECONDS = 120
 
 @dataclass(frozen=True)
 class Schedule:
-    """minutes: the budget. warmup: its share until the full rate. decay: its share, at the end, over which the rate falls to
-    `last` of the full rate, along a cosine."""
+    """minutes: the budget. warmup: its share until the full rate. decay: its share, at the end, over which the rate
+    falls to `last` of the full rate, along a cosine."""
 
     minutes: float
     warmup: float = 0.02

@@ -1,6 +1,7 @@
 """Training sequences of one length: a chat's beginning with an image or without, then slots, each a dialog of its own.
 
-A slot sees the beginning and itself, and its positions go on from the beginning's: each dialog is computed as if it were alone.
+A slot sees the beginning and itself, and its positions go on from the beginning's: each dialog is computed as if it
+were alone.
 """
 
 from collections.abc import Sequence
@@ -32,9 +33,9 @@ ANSWER, SENTENCE, END, CHAT = 1.0, 0.5, 0.3, 0.1
 
 @dataclass(frozen=True)
 class Sequences:
-    """ids, targets, positions, slots: (B, LENGTH) int64; weights: (B, LENGTH) fp32, of the targets in the loss; images: the shown
-    ones, in the order of the sequences that have one; turns: each sequence's, with its number in the dialog and where its targets
-    are."""
+    """ids, targets, positions, slots: (B, LENGTH) int64; weights: (B, LENGTH) fp32, of the targets in the loss; images:
+    the shown ones, in the order of the sequences that have one; turns: each sequence's, with its number in the dialog
+    and where its targets are."""
 
     ids: Tensor
     targets: Tensor

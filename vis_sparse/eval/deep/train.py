@@ -1,7 +1,8 @@
-"""Trains the deep model: `python -m torch.distributed.run --standalone --nproc-per-node 2 -m vis_sparse.eval.deep.train`.
+"""Trains the deep model: `python -m torch.distributed.run --standalone --nproc-per-node 2 -m
+vis_sparse.eval.deep.train`.
 
-Stage 1 (`train_vision`) trains the tower alone; then the projector gets its first weights, without the decoder; stage 2 trains
-low-rank differences of the decoder, projector and tower on dialogs, with the tower's own losses kept.
+Stage 1 (`train_vision`) trains the tower alone; then the projector gets its first weights, without the decoder; stage 2
+trains low-rank differences of the decoder, projector and tower on dialogs, with the tower's own losses kept.
 """
 
 import argparse
@@ -54,7 +55,8 @@ class Model(nn.Module):
         ]
 
     def answers(self, data: Sequences, visual: Tensor) -> Tensor:
-        """Next-token logits where `data` has a target, (targets, vocabulary); visual: of the first images, (B, 144, width)."""
+        """Next-token logits where `data` has a target, (targets, vocabulary); visual: of the first images, (B, 144,
+        width)."""
         embedded = self.decoder.embeddings[data.ids].float()
         places = visual_places(data.ids)
         embedded = embedded.masked_scatter(places[..., None], visual.float())
@@ -82,8 +84,8 @@ def losses(model: Model, data: Sequences, images: Seen) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def held_out(model: Model, number: int, chats) -> dict[str, float]:
-    """Share of turns about held-out images whose answer, and its end, are the likeliest next tokens; by kind, and of the turns after
-    the first ("later") and those that lean on one before ("leaning")."""
+    """Share of turns about held-out images whose answer, and its end, are the likeliest next tokens; by kind, and of
+    the turns after the first ("later") and those that lean on one before ("leaning")."""
     right, asked = defaultdict(float), defaultdict(float)
     for part in range(number):
         rng = np.random.default_rng([SEED, 10**6, part, rank()])

@@ -1,8 +1,8 @@
 """First stage: a vision tower that knows what is where, before any decoder.
 
-Heads of their own read each of the 144 tokens: the digit of its cell and how often that digit is in the grid, the word whose box
-it lies in, that word's line, how many lines there are, the shape, its colour. The first four layers are those of the shipped
-tiny LLaVA, four more start as nothing.
+Heads of their own read each of the 144 tokens: the digit of its cell and how often that digit is in the grid, the word
+whose box it lies in, that word's line, how many lines there are, the shape, its colour. The first four layers are those
+of the shipped tiny LLaVA, four more start as nothing.
 """
 
 from collections.abc import Sequence
@@ -89,7 +89,8 @@ class Heads(nn.Module):
 
 @dataclass(frozen=True)
 class Seen:
-    """Images and what their tokens show. pixels: (B, 3, 96, 96); labels: {name: (B, 144) int64}, `NO_LABEL` where not known."""
+    """Images and what their tokens show. pixels: (B, 3, 96, 96); labels: {name: (B, 144) int64}, `NO_LABEL` where not
+    known."""
 
     pixels: Tensor
     labels: dict[str, Tensor]
@@ -147,7 +148,8 @@ def _letter_at(line: Line, x: np.ndarray) -> np.ndarray:
 
 
 def head_losses(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cross-entropies times `WEIGHTS`, 0 where nothing is known; a page's blank tokens together count a third of its words."""
+    """Cross-entropies times `WEIGHTS`, 0 where nothing is known; a page's blank tokens together count a third of its
+    words."""
     losses = {}
     for name, values in logits.items():
         wanted = labels[name].flatten()

@@ -1,7 +1,7 @@
 """Talks about one image: single questions, and conversations whose later turns lean on earlier ones.
 
-Images are easy-VQA's, digit grids (`data`) and pages of words (`reading`). "and below it?" has no answer without the turn
-before it; other later turns are questions that could have come first.
+Images are easy-VQA's, digit grids (`data`) and pages of words (`reading`). "and below it?" has no answer without the
+turn before it; other later turns are questions that could have come first.
 """
 
 from collections.abc import Sequence
@@ -85,7 +85,8 @@ def asked_of(scene: Scene) -> list[Turn]:
 
 
 def grid_talk(rng: np.random.Generator, scene: Scene, asked: Sequence[Turn], length: int = TURNS) -> tuple[Turn, ...]:
-    """A conversation that begins with some of `asked`; after a place come its neighbours or how often its digit appears."""
+    """A conversation that begins with some of `asked`; after a place come its neighbours or how often its digit
+    appears."""
     asked = [asked[i] for i in rng.permutation(len(asked))]
     turns = []
     while len(turns) < length:
@@ -113,7 +114,8 @@ def line_says(shown: Page, number: int, from_the_end: bool = False) -> Turn:
 
 
 def page_turn(rng: np.random.Generator, shown: Page) -> Turn:
-    """A question that can come first: mostly what a line says, else which line says a word, or how many lines there are."""
+    """A question that can come first: mostly what a line says, else which line says a word, or how many lines there
+    are."""
     chance, number = rng.random(), int(rng.integers(len(shown.lines)))
     if chance < 0.7:
         return line_says(shown, number, rng.random() < 0.3)
@@ -140,7 +142,8 @@ def page_talk(rng: np.random.Generator, shown: Page, length: int = TURNS) -> tup
 
 
 def shape_talk(rng: np.random.Generator, scene: Scene, length: int = TURNS) -> tuple[Turn, ...]:
-    """A conversation about an easy-VQA image: its own questions, with "and what color is it?" after a shape, and the like."""
+    """A conversation about an easy-VQA image: its own questions, with "and what color is it?" after a shape, and the
+    like."""
     asked = asked_of(scene)
     asked = [asked[i % len(asked)] for i in rng.permutation(max(length, len(asked)))]
     follow = {scene.shape: ("and what color is it?", scene.color), scene.color: ("and what shape is it?", scene.shape)}

