@@ -96,10 +96,8 @@ class Run:
         """Average gradients and `numbers` over the processes."""
         if not distributed.is_initialized():
             return numbers
-        for parameter in self.parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        grads = [parameter.grad for parameter in self.parameters.values()]
+        # what a step does not train has none, and none in the other processes either
+        grads = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         flat = torch.cat([grad.flatten() for grad in grads] + [torch.tensor(numbers)])
         distributed.all_reduce(flat)
         flat /= distributed.get_world_size()

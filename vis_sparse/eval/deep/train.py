@@ -26,11 +26,14 @@ from vis_sparse.eval.tiny import smollm2
 SEED = 2
 # What a process's sequences show; processes take them in turn.
 MIXES = (("grid", "page", "grid"), ("page", "shape", "page"), ("page", "grid", "chat"), ("grid", "page", "shape"))
-EXTRA_IMAGES = (0, 6, 4, 16)  # for the tower's own losses: easy-VQA, grids, pages, full pages
+# For the tower's own losses: easy-VQA, grids, pages, full pages, in a step of the whole model and in one of the tower.
+EXTRA_IMAGES, TOWER_IMAGES = (0, 2, 1, 4), (1, 4, 2, 8)
+# Of so many steps one trains the whole model, and the others the tower and the projector alone: reading comes last.
+EVERY = 3
 RATES = {"lora": 1e-3, "projector": 3e-4, "tower": 2e-3}
-HEAD_WEIGHT, WORD_WEIGHT = 0.1, 0.1
+HEAD_WEIGHT, WORD_WEIGHT, WORD_WEIGHT_ALONE = 0.5, 0.1, 1.0
 FIT_BATCHES, POLISH_STEPS = 24, 150
-LOG_STEPS, HELD_OUT_STEPS = 5, 50
+LOG_STEPS, HELD_OUT_STEPS = 5 * EVERY, 40 * EVERY
 
 
 class Model(nn.Module):
@@ -64,13 +67,18 @@ class Model(nn.Module):
         return self.decoder.logits(hidden[data.targets != NO_LABEL])
 
 
-def losses(model: Model, data: Sequences, images: Seen) -> dict[str, Tensor]:
-    """images: those that `data` shows, then others."""
+def tower_losses(model: Model, images: Seen) -> tuple[Tensor, Tensor, Tensor]:
+    """Visual tokens; how far they are from sums of word embeddings; the sum of the heads' losses."""
     with torch.autocast("cpu", torch.bfloat16):
         found, half = features(model.tower, images.pixels)
         heads = sum(head_losses(model.heads(found, half), images.labels).values())
         visual = projected(model.projector, found)
-    words = model.words.loss(visual, images.labels)
+    return visual, model.words.loss(visual, images.labels), heads
+
+
+def losses(model: Model, data: Sequences, images: Seen) -> dict[str, Tensor]:
+    """images: those that `data` shows, then others."""
+    visual, words, heads = tower_losses(model, images)
     logits = model.answers(data, visual[: len(data.images)])
     where = data.targets != NO_LABEL
     each = F.cross_entropy(logits.float(), data.targets[where], reduction="none")
@@ -154,13 +162,18 @@ def train(folder: Path, schedule: Schedule) -> None:
 
     def loss():
         rng = np.random.default_rng([SEED, run.step, rank()])
-        mix = MIXES[(run.step * world() + rank()) % len(MIXES)]
+        if run.step % EVERY:
+            _, words, heads = tower_losses(model, seen(train_vision.images(rng, TOWER_IMAGES)))
+            return {"words_alone": WORD_WEIGHT_ALONE * words, "heads_alone": heads}
+        mix = MIXES[(run.step // EVERY * world() + rank()) % len(MIXES)]
         data = sequences(model.tokenizer, rng, mix, chats)
         return losses(model, data, seen([*data.images, *train_vision.images(rng, EXTRA_IMAGES)]))
 
+    values = {}
     while not run.done:
-        values = run.advance(loss)
-        model.decoder.refresh()
+        values |= run.advance(loss)
+        if run.step % EVERY == 1:
+            model.decoder.refresh()
         if run.step % LOG_STEPS == 0:
             run.log(stage="whole", loss=rounded(values))
         if run.step % HELD_OUT_STEPS == 0:
