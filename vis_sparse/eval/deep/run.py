@@ -20,6 +20,7 @@ from torch import Tensor, distributed
 from torch.nn import Parameter
 
 SAVE_SECONDS = 120
+STATE = "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Run:
             [{"params": list(group.values())} for _, group in groups],
             betas=(0.9, 0.95), weight_decay=weight_decay, fused=True,
         )  # fmt: skip
-        self.file, self.log_file = folder / "state.safetensors", folder / "log.jsonl"
+        self.file, self.log_file = folder / STATE, folder / "log.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         if self.file.exists():
             self._load()

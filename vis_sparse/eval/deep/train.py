@@ -7,6 +7,7 @@ trains low-rank differences of the decoder, projector and tower on dialogs, with
 
 import argparse
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from vis_sparse.eval.deep import texts, train_vision
 from vis_sparse.eval.deep.decoder import Decoder
 from vis_sparse.eval.deep.projector import Words, fit, new_projector, polish, projected
-from vis_sparse.eval.deep.run import Run, Schedule, join, rank, rounded, world
+from vis_sparse.eval.deep.run import STATE, Run, Schedule, join, rank, rounded, world
 from vis_sparse.eval.deep.sequences import NO_LABEL, Sequences, sequences, visual_places
 from vis_sparse.eval.deep.vision import Heads, Seen, features, head_losses, new_tower, seen
 from vis_sparse.eval.tiny import smollm2
@@ -28,12 +29,26 @@ SEED = 2
 MIXES = (("grid", "page", "grid"), ("page", "shape", "page"), ("page", "grid", "chat"), ("grid", "page", "shape"))
 # For the tower's own losses: easy-VQA, grids, pages, full pages, in a step of the whole model and in one of the tower.
 EXTRA_IMAGES, TOWER_IMAGES = (0, 2, 1, 4), (1, 4, 2, 8)
-# Of so many steps one trains the whole model, and the others the tower and the projector alone: reading comes last.
-EVERY = 3
-RATES = {"lora": 1e-3, "projector": 3e-4, "tower": 2e-3}
 HEAD_WEIGHT, WORD_WEIGHT, WORD_WEIGHT_ALONE = 0.5, 0.1, 1.0
 FIT_BATCHES, POLISH_STEPS = 24, 150
-LOG_STEPS, HELD_OUT_STEPS = 5 * EVERY, 40 * EVERY
+LOG_STEPS, HELD_OUT_STEPS = 5, 40  # of the whole model
+
+
+@dataclass(frozen=True)
+class Stage:
+    """every: one of so many steps trains the whole model, and the others the tower and the projector alone, since
+    reading comes last. rates: of the parts. after: the stage whose weights it begins with."""
+
+    every: int
+    rates: dict[str, float]
+    decay: float
+    after: str
+
+
+STAGES = {
+    "whole": Stage(3, {"lora": 1e-3, "projector": 3e-4, "tower": 2e-3}, decay=0.35, after="vision"),
+    "reading": Stage(8, {"lora": 3e-4, "projector": 1e-4, "tower": 2e-3}, decay=0.7, after="whole"),
+}
 
 
 class Model(nn.Module):
@@ -48,13 +63,22 @@ class Model(nn.Module):
         self.projector = new_projector(128, smollm2.config().hidden_size)
         self.words = Words(state["model.embed_tokens.weight"], self.tokenizer)
 
-    def groups(self) -> list[tuple[float, dict]]:
+    def load(self, state: Path) -> None:
+        """Weights of a stage's run; what it did not have stays."""
+        with safe_open(state, "pt") as file, torch.no_grad():
+            known = set(file.keys())
+            for _, group in self.groups(defaultdict(float)):
+                for name, parameter in group.items():
+                    if f"weight/{name}" in known:
+                        parameter.copy_(file.get_tensor(f"weight/{name}"))
+
+    def groups(self, rates: dict[str, float]) -> list[tuple[float, dict]]:
         vision = {f"tower.{name}": p for name, p in self.tower.named_parameters() if "post_layernorm" not in name}
         vision |= {f"heads.{name}": p for name, p in self.heads.named_parameters()}
         return [
-            (RATES["lora"], {f"lora.{name}": p for name, p in self.decoder.lora.items()}),
-            (RATES["projector"], {f"projector.{name}": p for name, p in self.projector.named_parameters()}),
-            (RATES["tower"], vision),
+            (rates["lora"], {f"lora.{name}": p for name, p in self.decoder.lora.items()}),
+            (rates["projector"], {f"projector.{name}": p for name, p in self.projector.named_parameters()}),
+            (rates["tower"], vision),
         ]
 
     def answers(self, data: Sequences, visual: Tensor) -> Tensor:
@@ -130,13 +154,8 @@ def held_out(model: Model, number: int, chats) -> dict[str, float]:
     return {name: (good / all_).item() for name, (good, all_) in zip(names, counts, strict=True) if all_}
 
 
-def start(model: Model, vision_state: Path) -> list[float]:
-    """The tower of stage 1, and a projector for it; the losses of its last steps."""
-    with safe_open(vision_state, "pt") as state, torch.no_grad():
-        for part in ("tower", "heads"):
-            for name, parameter in getattr(model, part).named_parameters():
-                if f"weight/{part}.{name}" in state.keys():  # noqa: SIM118
-                    parameter.copy_(state.get_tensor(f"weight/{part}.{name}"))
+def first_projector(model: Model) -> list[float]:
+    """Give the projector its first weights, for the tower as it is; its losses meanwhile."""
     parts = []
     for number in range(FIT_BATCHES):
         shown = seen(train_vision.images(np.random.default_rng([SEED, number]), (2, 8, 14, 4)))
@@ -148,44 +167,46 @@ def start(model: Model, vision_state: Path) -> list[float]:
     return list(polish(model.projector, model.words, parts, POLISH_STEPS))
 
 
-def train(folder: Path, schedule: Schedule) -> None:
-    chats = texts.answered(folder / "texts.json")
-    model = Model()
-    run_folder = folder / "whole"
-    if not (run_folder / "state.safetensors").exists():
-        before = start(model, folder / "vision" / "state.safetensors")
-    run = Run(run_folder, schedule, model.groups())
-    if run.step == 0:
+def train(folder: Path, name: str, minutes: float) -> None:
+    stage, chats = STAGES[name], texts.answered(folder / "texts.json")
+    model, before = Model(), []
+    if not (folder / name / STATE).exists():
+        model.load(folder / stage.after / STATE)
+        if stage.after == "vision":
+            before = first_projector(model)
+    run = Run(folder / name, Schedule(minutes, decay=stage.decay), model.groups(stage.rates))
+    if before:
         run.log(stage="projector", loss=rounded({"first": before[0], "last": before[-1]}))
     model.decoder.refresh()
     model.decoder.compile_pointwise()
 
     def loss():
         rng = np.random.default_rng([SEED, run.step, rank()])
-        if run.step % EVERY:
+        if run.step % stage.every:
             _, words, heads = tower_losses(model, seen(train_vision.images(rng, TOWER_IMAGES)))
             return {"words_alone": WORD_WEIGHT_ALONE * words, "heads_alone": heads}
-        mix = MIXES[(run.step // EVERY * world() + rank()) % len(MIXES)]
+        mix = MIXES[(run.step // stage.every * world() + rank()) % len(MIXES)]
         data = sequences(model.tokenizer, rng, mix, chats)
         return losses(model, data, seen([*data.images, *train_vision.images(rng, EXTRA_IMAGES)]))
 
     values = {}
     while not run.done:
         values |= run.advance(loss)
-        if run.step % EVERY == 1:
+        if run.step % stage.every == 1:
             model.decoder.refresh()
-        if run.step % LOG_STEPS == 0:
-            run.log(stage="whole", loss=rounded(values))
-        if run.step % HELD_OUT_STEPS == 0:
-            run.log(stage="whole", held_out=rounded(held_out(model, 4, chats)))
+        if run.step % (LOG_STEPS * stage.every) == 0:
+            run.log(stage=name, loss=rounded(values))
+        if run.step % (HELD_OUT_STEPS * stage.every) == 0:
+            run.log(stage=name, held_out=rounded(held_out(model, 4, chats)))
     run.save()
-    run.log(stage="whole", held_out=rounded(held_out(model, 12, chats)))
+    run.log(stage=name, held_out=rounded(held_out(model, 12, chats)))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/tiny/smol"), metavar="FOLDER")
-    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--stage", choices=STAGES, required=True)
+    parser.add_argument("--minutes", type=float, required=True)
     given = parser.parse_args()
     join()
-    train(given.out, Schedule(given.minutes, decay=0.35))
+    train(given.out, given.stage, given.minutes)
