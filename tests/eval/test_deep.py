@@ -6,11 +6,20 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
+import vis_sparse
 from vis_sparse.eval.deep import sequences as packing
 from vis_sparse.eval.deep.decoder import LINEARS, SCALE, Decoder, place_of
 from vis_sparse.eval.deep.export import difference
+from vis_sparse.eval.deep.planned import PlannedDecoder
 from vis_sparse.eval.deep.run import Run, Schedule
 from vis_sparse.eval.deep.sequences import NO_LABEL, Writer, sequences
 from vis_sparse.eval.deep.vision import CLASSES, EARLY_CLASSES, labels_of
@@ -18,6 +27,10 @@ from vis_sparse.eval.deep.vision import NO_LABEL as UNKNOWN
 from vis_sparse.eval.tiny import data, smol_files
 from vis_sparse.eval.tiny.dialogs import Turn
 from vis_sparse.eval.tiny.reading import WORDS, full_page, page
+from vis_sparse.plans.budgets import resolve_heads
+from vis_sparse.plans.files import as_plan
+from vis_sparse.plans.plan import VisualPlan
+from vis_sparse.plans.schedule import schedule
 
 
 def small() -> tuple[LlamaForCausalLM, Decoder]:
@@ -173,3 +186,41 @@ def test_what_is_exported_merges_to_what_was_trained(tmp_path):
     assert smol_files.merged("model.norm.weight", torch.ones(3), found).tolist() == [1, 1, 1]
     assert "vision_tower.vision_model.pre_layrnorm.weight" in found
     assert math.isclose(found["lora.model.layers.0.self_attn.q_proj.b"].std(), SCALE * 0.1, rel_tol=0.1)
+
+
+@pytest.mark.parametrize("name", ["dense", "auto", "yopo-25", "vica", "cut"])
+def test_the_decoder_under_a_plan_is_the_patched_model(name):
+    """Logits of a LLaVA of 6 x 6 visual tokens, patched with the plan, and of the training decoder."""
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        vocab_size=60, hidden_size=96, intermediate_size=128, num_hidden_layers=8, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        image_size=24, patch_size=4, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config=text,
+            vision_config=vision,
+            image_token_index=4,
+            vision_feature_layer=-1,
+            tie_word_embeddings=True,
+        )
+    ).eval()
+    cut = VisualPlan.vtw(8, 3)
+    plan = resolve_heads(as_plan(cut if name == "cut" else name, 8), 6, 2, heads="first")
+    state = model.model.language_model.state_dict()
+    state = {f"model.{key}": value for key, value in state.items()}
+    decoder = PlannedDecoder(schedule(plan, 6, 2, 128), slice(3, 39), 6, text, state, torch.float32)
+    ids = torch.randint(5, 60, (2, 50))
+    ids[:, 3:39] = 4
+    pixels = torch.randn(2, 3, 24, 24)
+    with torch.no_grad(), vis_sparse.patched(model, plan):
+        expected = model(input_ids=ids, pixel_values=pixels).logits
+        visual = torch.stack(list(model.get_image_features(pixel_values=pixels).pooler_output))
+        embedded = decoder.embeddings[ids].masked_scatter((ids == 4)[..., None], visual)
+        visible = torch.ones(2, 1, 50, 50, dtype=torch.bool).tril()
+        logits = decoder.logits(decoder(embedded, torch.arange(50).expand(2, -1), visible))
+    torch.testing.assert_close(logits[:, 39:], expected[:, 39:], rtol=1e-4, atol=1e-4)

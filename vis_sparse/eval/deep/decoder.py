@@ -37,10 +37,12 @@ class Decoder(nn.Module):
     dtype: of the frozen weights and the products. `refresh` has to be called after every change of `lora`.
     """
 
-    def __init__(self, config: LlamaConfig, state: dict[str, Tensor], dtype=torch.bfloat16, seed: int = 0):
+    def __init__(
+        self, config: LlamaConfig, state: dict[str, Tensor], dtype=torch.bfloat16, rank: int = RANK, seed: int = 0
+    ):
         super().__init__()
         torch.manual_seed(seed)
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.rank = config, dtype, rank
         self.embeddings = state["model.embed_tokens.weight"].to(dtype)
         self.norm = state["model.norm.weight"].float()
         self.norms, self.weights, self.lora = [], [], nn.ParameterDict()
@@ -49,10 +51,10 @@ class Decoder(nn.Module):
             self.norms += [state[f"{prefix}{name}.weight"].float() for name in NORMS]
             for group in GROUPS:
                 frozen = torch.cat([state[f"{prefix}{place_of(name)}.weight"] for name in group])
-                self.weights.append(F.pad(frozen.to(dtype), (0, RANK * len(group))))
+                self.weights.append(F.pad(frozen.to(dtype), (0, rank * len(group))))
             for name, (out, inside) in shapes(config).items():
-                self.lora[f"{layer}-{name}-a"] = nn.Parameter(torch.randn(RANK, inside) / math.sqrt(inside))
-                self.lora[f"{layer}-{name}-b"] = nn.Parameter(torch.zeros(out, RANK))
+                self.lora[f"{layer}-{name}-a"] = nn.Parameter(torch.randn(rank, inside) / math.sqrt(inside))
+                self.lora[f"{layer}-{name}-b"] = nn.Parameter(torch.zeros(out, rank))
         for function in POINTWISE:
             setattr(self, function.__name__, function)
         self.refresh()
@@ -67,10 +69,10 @@ class Decoder(nn.Module):
         for layer in range(self.config.num_hidden_layers):
             for number, group in enumerate(GROUPS):
                 weight, first = self.weights[layer * len(GROUPS) + number], 0
-                column = weight.shape[1] - RANK * len(group)
+                column = weight.shape[1] - self.rank * len(group)
                 for part, name in enumerate(group):
                     b = self.lora[f"{layer}-{name}-b"]
-                    at = slice(column + part * RANK, column + (part + 1) * RANK)
+                    at = slice(column + part * self.rank, column + (part + 1) * self.rank)
                     weight[first : first + len(b), at] = SCALE * b
                     first += len(b)
 
@@ -91,17 +93,25 @@ class Decoder(nn.Module):
         return self.add_and_norm(hidden, added, self.norm, epsilon)[1]
 
     def _read(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        """Masked attention, as products (SDPA's backward takes twice as long here), in two parts: what the first rows
-        may not see is not computed."""
-        kv_heads, length, head_dim = key.shape[1:]
-        query, half, parts = query.unflatten(1, (kv_heads, -1)), length // 2, []
+        """Causal attention in two parts: what the first rows may not see is not computed."""
+        half, length = query.shape[2] // 2, query.shape[2]
+        parts = []
         for rows in (slice(0, half), slice(half, length)):
-            asked = query[:, :, :, rows].flatten(2, 3)
-            scores = (asked @ key[:, :, : rows.stop].transpose(-1, -2)).unflatten(2, (query.shape[2], -1))
-            shares = self.shares(scores, bias[:, :, None, rows, : rows.stop], head_dim**-0.5)
-            read = (shares.flatten(2, 3) @ value[:, :, : rows.stop]).unflatten(2, (query.shape[2], -1))
-            parts.append(read.permute(0, 3, 1, 2, 4).flatten(2))
+            seen = slice(0, rows.stop)
+            parts.append(
+                self._attend(query[:, :, rows], key[:, :, seen], value[:, :, seen], bias[:, :, None, rows, seen])
+            )
         return torch.cat(parts, dim=1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        """Attention written out: SDPA's backward takes twice as long here. query (B, query_heads, Q, head_dim), key and
+        value (B, kv_heads, K, head_dim), bias broadcastable to (B, kv_heads, group, Q, K); returns (B, Q, width)."""
+        kv_heads, head_dim = key.shape[1], key.shape[3]
+        asked = query.unflatten(1, (kv_heads, -1))
+        scores = (asked.flatten(2, 3) @ key.transpose(-1, -2)).unflatten(2, asked.shape[2:4])
+        shares = self.shares(scores, bias, head_dim**-0.5)
+        read = (shares.flatten(2, 3) @ value).unflatten(2, asked.shape[2:4])
+        return read.permute(0, 3, 1, 2, 4).flatten(2)
 
     def _linears(self, layer: int, number: int, rows: Tensor) -> Tensor:
         names = [f"{layer}-{name}" for name in GROUPS[number]]
@@ -138,7 +148,9 @@ class Linears(torch.autograd.Function):
         grad_low = through[:, inside:]
         grad_bs = [
             SCALE * (part.t() @ side).float()
-            for part, side in zip(grad.split(ctx.outs, dim=1), low.split(RANK, dim=1), strict=True)
+            for part, side in zip(
+                grad.split(ctx.outs, dim=1), low.split(low.shape[1] // len(ctx.outs), dim=1), strict=True
+            )
         ]
         return torch.addmm(through[:, :inside], grad_low, a), grad_low.t() @ rows, None, *grad_bs
 
