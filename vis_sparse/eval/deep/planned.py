@@ -20,6 +20,8 @@ class PlannedDecoder(Decoder):
 
     def __init__(self, work: Sequence[LayerWork], visual: slice, side: int, *args, **options):
         super().__init__(*args, **options)
+        if any(item.tokens for item in work):
+            raise ValueError("work: got layers that drop tokens, expected none: every visual row is kept in its place")
         self.work, self.visual, self.side = work, visual, side
 
     def forward(self, embedded: Tensor, positions: Tensor, visible: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Trains the deep model: `python -m torch.distributed.run --standalone --nproc-per-node 2 -m
-vis_sparse.eval.deep.train`.
+"""Trains the deep model after its first stage: `python -m torch.distributed.run --standalone --nproc-per-node 2 -m
+vis_sparse.eval.deep.train --stage whole --minutes 65 --out FOLDER`.
 
-Stage 1 (`train_vision`) trains the tower alone; then the projector gets its first weights, without the decoder; stage 2
-trains low-rank differences of the decoder, projector and tower on dialogs, with the tower's own losses kept.
+`train_vision` has trained the tower alone. Stage `whole` gives the projector its first weights, without the decoder,
+and trains low-rank differences of the decoder, projector and tower on dialogs, with the tower's own losses kept; stage
+`again` does so once more, from a lower rate down to nothing.
 """
 
 import argparse
@@ -45,7 +46,7 @@ class Stage:
 
 STAGES = {
     "whole": Stage(3, {"lora": 1e-3, "projector": 3e-4, "tower": 2e-3}, decay=0.5, after="vision"),
-    "reading": Stage(8, {"lora": 3e-4, "projector": 1e-4, "tower": 2e-3}, decay=0.7, after="whole"),
+    "again": Stage(3, {"lora": 7e-4, "projector": 2e-4, "tower": 2e-3}, decay=0.8, after="whole"),
 }
 
 
