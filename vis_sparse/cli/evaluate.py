@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 
 from ..eval.bench import DTYPES
-from ..eval.tiny import SHIPPED, checkpoint
+from ..eval.tiny import SHIPPED
 from .checks import one_of, output_folder, torch_device
-from .options import JsonOption, emit
+from .options import JsonOption, emit, shipped
 
 
 def eval_command(
@@ -71,7 +71,7 @@ def eval_command(
             typer.echo(f"[{done}/{total}] {name} on {task}{note}", err=True)
 
         if model in SHIPPED:
-            folder = checkpoint(SHIPPED[model])
+            folder = shipped(model)
             model, calibration = str(folder), calibration or folder / "heads.safetensors"
             # lmms-eval's class for Qwen2-VL resizes images to multiples of 28 pixels
             base = base or "llava_hf"

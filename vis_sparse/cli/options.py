@@ -28,7 +28,15 @@ def folder_of(model: str) -> str:
             f"model: got {model!r}, no such folder; expected a checkpoint's, or a shipped name: {', '.join(SHIPPED)}, "
             f"or where only the sizes count {', '.join(shape_names())}"
         )
-    return str(checkpoint(SHIPPED[model])) if model in SHIPPED else model
+    return str(shipped(model)) if model in SHIPPED else model
+
+
+def shipped(model: str) -> Path:
+    """The folder of a shipped model by its name. Raises ShapeError with what to install for one that needs more."""
+    try:
+        return checkpoint(SHIPPED[model])
+    except ModuleNotFoundError as error:
+        raise ShapeError(str(error)) from None
 
 
 JsonOption = Annotated[

@@ -8,7 +8,12 @@ from pathlib import Path
 
 from ..calibration.records import Record, SampleError, read_records
 
-TINY = {"tiny-train": "llava", "tiny-train-qwen2_vl": "qwen2_vl", "tiny-train-internvl": "internvl"}
+TINY = {
+    "tiny-train": "llava",
+    "tiny-train-qwen2_vl": "qwen2_vl",
+    "tiny-train-internvl": "internvl",
+    "tiny-train-smol": "smol",
+}
 TASKS = "lmms:"
 
 
@@ -41,9 +46,12 @@ def _tiny(family: str) -> Iterator[Record]:
     import numpy as np
 
     from .tiny.data import easy_vqa_scenes, framed, grid_scene
-    from .tiny.families import FAMILIES
+    from .tiny.dialogs import line_says
+    from .tiny.families import FAMILIES, kinds_of
+    from .tiny.reading import READING, WORDS, page
 
     sizes = FAMILIES[family].SIZES
+    reads = READING in kinds_of(FAMILIES[family])
     rng = np.random.default_rng(0)
     shapes = easy_vqa_scenes("train")
     while True:
@@ -54,3 +62,7 @@ def _tiny(family: str) -> Iterator[Record]:
         asked += [grid_scene(rng, 3).questions[kind] for kind in range(3)]
         for question in framed(asked, sizes):
             yield Record(question.image, question.text, question.answer)
+        if reads:
+            shown = page(rng, "train", WORDS)
+            turn = line_says(shown, int(rng.integers(len(shown.lines))))
+            yield Record(shown.image, turn.text, turn.answer)

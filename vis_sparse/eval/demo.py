@@ -26,8 +26,9 @@ from .layer_work import layer_work
 from .measure import Measurement
 from .timing import machine_facts
 from .tiny import checkpoint
-from .tiny.data import KINDS, Question, questions
-from .tiny.families import FAMILIES, grid_of
+from .tiny.data import Question
+from .tiny.dialogs import questions
+from .tiny.families import FAMILIES, grid_of, kinds_of
 from .tiny.score import answers, prepared
 
 PLANS = ("auto", "yopo-25", "yopo-12")
@@ -45,7 +46,7 @@ def run_demo(
 ) -> dict:
     """Answer, time and count. Returns the demo's figures as plain data (see `_costs`, `_example`).
 
-    num_questions: in all, spread evenly over the kinds of question. family_name: one of `tiny.NAMES`.
+    num_questions: in all, spread evenly over the kinds of question. family_name: of `tiny.families`.
     on_step(done, total): called after each batch of answers and each timed turn. calibration: file that says which
     heads and neurons budgets keep; None: the shipped one.
     """
@@ -62,8 +63,9 @@ def run_demo(
         for name in PLANS
     }
     variants = {DENSE: VisualPlan.dense(shape.layers), **plans, BLIND: VisualPlan.vtw(shape.layers, 0)}
-    per_kind = max(1, num_questions // len(KINDS))
-    asked = [question for kind in KINDS for question in questions(kind, per_kind, sizes=family.SIZES)]
+    kinds = kinds_of(family)
+    per_kind = max(1, num_questions // len(kinds))
+    asked = [question for kind in kinds for question in questions(kind, per_kind, sizes=family.SIZES)]
     # One size, so that nothing is padded: the largest.
     timed = questions("place", TIMED, sizes=family.SIZES[-1:])
     embeddings, layout = timed_prompt(model, processor, timed)
@@ -103,7 +105,7 @@ def run_demo(
             "visual_tokens": _fewest_and_most(asked, family),
             "image_png": _png(timed[0].image),
         },
-        "questions": {kind: per_kind for kind in KINDS},
+        "questions": {kind: per_kind for kind in kinds},
         "timed": {"batch": TIMED, "visual_tokens": one.num_visual, "text_tokens": text_tokens, "repeats": REPEATS},
         "plans": [
             {
@@ -121,7 +123,7 @@ def run_demo(
         "examples": [
             # another size of image each time, where there are several
             _example(asked, given, index * per_kind + index % min(per_kind, len(family.SIZES) or 1))
-            for index in range(len(KINDS))
+            for index in range(len(kinds))
         ],
         **machine_facts(model.device),
     }
@@ -157,7 +159,7 @@ def _costs(name: str, figures: dict[str, dict]) -> dict:
 def _accuracy(asked: Sequence[Question], given: Sequence[str]) -> dict[str, float]:
     return {
         kind: _share(words == q.answer for q, words in zip(asked, given, strict=True) if q.kind == kind)
-        for kind in KINDS
+        for kind in dict.fromkeys(question.kind for question in asked)
     }
 
 

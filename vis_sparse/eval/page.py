@@ -9,7 +9,13 @@ from .html import CSS, bar, document, table_row
 from .layer_work import of_thumbnail, outline, runs_in_words
 from .numbers import percent, span, three_digits
 
-KIND_NAMES = {"easy_vqa": "easy-VQA", "place": "which digit where", "count": "how many", "exists": "is there one"}
+KIND_NAMES = {
+    "easy_vqa": "easy-VQA",
+    "place": "which digit where",
+    "count": "how many",
+    "exists": "is there one",
+    "reading": "what a line says",
+}
 
 
 def page(results: dict) -> str:

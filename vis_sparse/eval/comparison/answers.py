@@ -13,8 +13,9 @@ from ...calibration.records import Record
 from ...calibration.samples import encode
 from ...plans.layer_plan import LayerPlan
 from ...plans.plan import VisualPlan
-from ..tiny.data import KINDS, questions
-from ..tiny.families import family_of
+from ..tiny.data import KINDS
+from ..tiny.dialogs import questions
+from ..tiny.families import family_of, kinds_of
 
 _CHUNK = 125  # questions whose states are held at once
 
@@ -48,12 +49,14 @@ def answers(
 
     on_step(done, total): called after each piece of the work.
     """
+    family = family_of(target.model)
+    kinds = kinds_of(family)
     different = list({plan.layers: plan for plan in plans}.values())
-    right: dict[Layers, dict[str, list]] = {plan.layers: {kind: [] for kind in KINDS} for plan in different}
+    right: dict[Layers, dict[str, list]] = {plan.layers: {kind: [] for kind in kinds} for plan in different}
     kl: dict[Layers, list] = {plan.layers: [] for plan in different}
-    done, total = 0, len(KINDS) * -(-asked // _CHUNK) * len(different)
-    for kind in KINDS:
-        held_out = questions(kind, asked, sizes=family_of(target.model).SIZES)
+    done, total = 0, len(kinds) * -(-asked // _CHUNK) * len(different)
+    for kind in kinds:
+        held_out = questions(kind, asked, sizes=family.SIZES)
         for start in range(0, asked, _CHUNK):
             chunk = held_out[start : start + _CHUNK]
             probe = Probe(target, [encode(processor, Record(q.image, q.text, q.answer)) for q in chunk], 25)

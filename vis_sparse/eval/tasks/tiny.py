@@ -4,7 +4,8 @@ lmms-eval imports this file by its path, once for every name that a task's YAML 
 too, `<kind>_data`: reading one gives the arguments of `datasets.load_dataset`, and makes its file first if need be.
 `<kind>_framed_data` has the same questions about images of several sizes in frames, as the tiny Qwen2-VL knows them,
 `<kind>_tiled_data` of the sizes that the tiny InternVL knows; `<kind>_half_data` and `<kind>_quarter_data` are the
-Qwen2-VL's images shrunk to that share of their area.
+Qwen2-VL's images shrunk to that share of their area. `reading_data` has pages of words, as the deep model knows them;
+`talks_data` conversations whose later turns lean on earlier ones, about pages, grids and easy-VQA images.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ def __getattr__(name: str) -> dict:
 
 def _parquet(kind: str) -> Path:
     """The file with the documents of a kind, made on first use."""
-    path = _cache() / f"{kind}-{made_by()[:12]}.parquet"
+    from vis_sparse.eval.cache import cache_folder
+
+    path = cache_folder("tasks") / f"{kind}-{made_by()[:12]}.parquet"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
-        (_conversations() if kind == "turns" else _questions(kind)).to_parquet(unfinished)
+        makers = {"turns": _conversations, "talks": _talks}
+        (makers[kind]() if kind in makers else _questions(kind)).to_parquet(unfinished)
         unfinished.replace(path)
     return path
 
@@ -44,25 +48,21 @@ def _parquet(kind: str) -> Path:
 def made_by() -> str:
     """Hex digest of what the documents and the scoring of all these tasks are made by: code, definitions, the sizes of
     the images that the small models know, and the packages that images come from."""
-    from vis_sparse.eval.tiny import data
+    from vis_sparse.eval.tiny import data, dialogs, reading
     from vis_sparse.eval.tiny.families import FAMILIES
 
-    digest = hashlib.sha256(inspect.getsource(data).encode())
+    digest = hashlib.sha256("".join(inspect.getsource(module) for module in (data, reading, dialogs)).encode())
     for file in sorted(Path(__file__).parent.iterdir()):
         if file.is_file():
             digest.update(file.read_bytes())
     sizes = {name: family.SIZES for name, family in FAMILIES.items()}
-    versions = [version(package) for package in ("easy_vqa", "scikit-learn", "numpy", "pillow")]
+    versions = [version(package) for package in ("easy_vqa", "matplotlib", "scikit-learn", "numpy", "pillow")]
     digest.update(repr((sizes, versions)).encode())
     return digest.hexdigest()
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vis_sparse" / "tasks"
-
-
 def _questions(kind: str):
-    from vis_sparse.eval.tiny.data import questions
+    from vis_sparse.eval.tiny.dialogs import questions
     from vis_sparse.eval.tiny.families import FAMILIES
 
     name, _, variant = kind.rpartition("_")
@@ -93,6 +93,15 @@ def _conversations():
     asked = [[question.text for question in scene.questions] for scene in scenes]
     answers = [[question.answer for question in scene.questions] for scene in scenes]
     return _dataset([scene.image for scene in scenes], questions=asked, answers=answers)
+
+
+def _talks():
+    from vis_sparse.eval.tiny.dialogs import conversations
+
+    talks = conversations(CONVERSATIONS)
+    asked = [[turn.text for turn in talk.turns] for talk in talks]
+    answers = [[turn.answer for turn in talk.turns] for talk in talks]
+    return _dataset([talk.image for talk in talks], questions=asked, answers=answers)
 
 
 def _dataset(images, **columns):

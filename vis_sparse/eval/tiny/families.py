@@ -10,13 +10,21 @@ from types import ModuleType
 
 from PIL import Image
 
-from vis_sparse.eval.tiny import model_internvl, model_llava, model_qwen2_vl
+from vis_sparse.eval.tiny import data, model_internvl, model_llava, model_qwen2_vl, model_smol
+from vis_sparse.eval.tiny.reading import READING
 
-FAMILIES = {family.NAME: family for family in (model_llava, model_qwen2_vl, model_internvl)}
+FAMILIES = {family.NAME: family for family in (model_llava, model_qwen2_vl, model_internvl, model_smol)}
 
 
 def family_of(model) -> ModuleType:
-    return FAMILIES[model.config.model_type]
+    config = model.config
+    is_deep = config.model_type == "llava" and config.text_config.hidden_size == model_smol.WIDTH
+    return model_smol if is_deep else FAMILIES[config.model_type]
+
+
+def kinds_of(family: ModuleType) -> tuple[str, ...]:
+    """The kinds of single questions that a model was trained on."""
+    return (*data.KINDS, READING) if family is model_smol else data.KINDS
 
 
 def grid_of(image: Image.Image, family: ModuleType) -> tuple[int, int]:

@@ -280,7 +280,7 @@ def rounded(values: dict[str, float]) -> dict[str, float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=FAMILIES, default="llava")
+    parser.add_argument("--family", choices=RECIPES, default="llava")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: out/tiny/FAMILY")
     given = parser.parse_args()
     train(given.family, given.out or Path("out/tiny") / given.family)

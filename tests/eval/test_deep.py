@@ -1,0 +1,226 @@
+"""Training of the deep model: its decoder is transformers' own, its packed sequences are chats one by one."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+import vis_sparse
+from vis_sparse.eval.deep import sequences as packing
+from vis_sparse.eval.deep.decoder import LINEARS, SCALE, Decoder, place_of
+from vis_sparse.eval.deep.export import difference
+from vis_sparse.eval.deep.planned import PlannedDecoder
+from vis_sparse.eval.deep.run import Run, Schedule
+from vis_sparse.eval.deep.sequences import NO_LABEL, Writer, sequences
+from vis_sparse.eval.deep.vision import CLASSES, EARLY_CLASSES, labels_of
+from vis_sparse.eval.deep.vision import NO_LABEL as UNKNOWN
+from vis_sparse.eval.tiny import data, smol_files
+from vis_sparse.eval.tiny.dialogs import Turn
+from vis_sparse.eval.tiny.reading import WORDS, full_page, page
+from vis_sparse.plans.budgets import resolve_heads
+from vis_sparse.plans.files import as_plan
+from vis_sparse.plans.plan import VisualPlan
+from vis_sparse.plans.schedule import schedule
+
+
+def small() -> tuple[LlamaForCausalLM, Decoder]:
+    """A Llama with random differences merged, and a training decoder with the same ones beside it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=96, intermediate_size=128, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    decoder = Decoder(config, model.state_dict(), torch.float32)
+    with torch.no_grad():
+        for parameter in decoder.lora.values():
+            parameter.normal_(std=0.1)
+        decoder.refresh()
+        for number, layer in enumerate(model.model.layers):
+            for name in LINEARS:
+                a, b = (decoder.lora[f"{number}-{name}-{side}"] for side in "ab")
+                layer.get_submodule(place_of(name)).weight += SCALE * b @ a
+    return model, decoder
+
+
+def test_the_training_decoder_and_its_gradients_are_those_of_the_merged_model():
+    model, decoder = small()
+    ids = torch.randint(0, 100, (2, 41))
+    visible = torch.ones(1, 1, 41, 41, dtype=torch.bool).tril()
+    logits = decoder.logits(decoder(decoder.embeddings[ids], torch.arange(41).expand(2, -1), visible))
+    expected = model(ids).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    weights = torch.randn_like(logits)
+    (logits * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for number, layer in enumerate(model.model.layers):
+        for name in LINEARS:
+            grad = layer.get_submodule(place_of(name)).weight.grad
+            a, b = (decoder.lora[f"{number}-{name}-{side}"] for side in "ab")
+            torch.testing.assert_close(a.grad, SCALE * b.T @ grad, rtol=1e-3, atol=1e-5 * a.grad.abs().max().item())
+            torch.testing.assert_close(b.grad, SCALE * grad @ a.T, rtol=1e-3, atol=1e-5 * b.grad.abs().max().item())
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One id a character, and SmolLM2's ends."""
+    special = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
+    letters = {chr(i): i for i in range(10, 127)} | {"\n": 9}
+    model = Tokenizer(models.WordLevel(special | letters, unk_token="<|endoftext|>"))
+    model.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token="<|endoftext|>"
+    )
+
+
+def test_slots_give_the_logits_of_dialogs_alone(tokenizer, monkeypatch):
+    """Two dialogs in one sequence, and each of them in a chat of its own."""
+    monkeypatch.setattr(packing, "LENGTH", 120)
+    monkeypatch.setattr(packing, "_CACHE", {})
+    model, decoder = small()
+    beginning = [1, 30, 31, 32]
+    dialogs = [[Turn("what is it?", "ab", "x"), Turn("and that?", "c", "x")], [Turn("why?", "d", "x")]]
+    writer = Writer(tokenizer, beginning)
+    assert all(writer.add(dialog) for dialog in dialogs)
+    ids, targets, positions, slots, weights = (torch.tensor(row)[None] for row in writer.rows())
+    together = packing.Sequences(ids, targets, positions, slots, weights, (), (writer.turns,))
+    logits = decoder.logits(decoder(decoder.embeddings[ids % 100], positions, together.visible()))
+    assert ((targets != NO_LABEL) == (weights > 0)).all()
+    start = len(beginning)
+    for number, dialog in enumerate(dialogs):
+        alone = Writer(tokenizer, beginning)
+        alone.add(dialog)
+        expected = model(torch.tensor([alone.ids]) % 100).logits
+        at = (slots[0] == number).nonzero()[:, 0]
+        torch.testing.assert_close(logits[0, at], expected[0, start:], rtol=1e-4, atol=1e-5)
+        for (turn, _, first, after), (_, _, first_together, after_together) in zip(
+            alone.turns, [turns for turns in writer.turns if turns[0] in dialog], strict=True
+        ):
+            wanted = [*tokenizer(turn.answer)["input_ids"], tokenizer.eos_token_id]
+            assert targets[0, first_together:after_together].tolist() == wanted
+            assert alone.rows()[1][first:after] == wanted
+
+
+def test_a_sequence_holds_many_turns_and_no_held_out_image(tokenizer):
+    found = sequences(tokenizer, np.random.default_rng(0), ("grid", "page", "shape", "chat"), [("hello?", [50, 51, 2])])
+    assert found.ids.shape == found.targets.shape == (4, packing.LENGTH)
+    assert len(found.images) == 3 and (found.weights[:3] > 0).any(dim=1).all()
+    assert [places.sum() for places in packing.visual_places(found.ids)] == [144, 144, 144, 0]
+    assert {tuple(line.box[i] % 2 for i in (0, 1)) for line in found.images[1].lines} == {(0, 0)}
+
+
+def test_tokens_are_labelled_with_what_lies_under_them():
+    rng = np.random.default_rng(0)
+    shown = page(rng, "train", WORDS)
+    labels = labels_of(shown)
+    for number, line in enumerate(shown.lines):
+        left, top, right, bottom = line.box
+        token = (top + bottom) // 2 // 8 * 12 + (left + right) // 2 // 8
+        assert CLASSES["word"][labels["word"][token]] == line.word
+        assert labels["line"][token] == number and labels["lines"][token] == len(shown.lines)
+        assert EARLY_CLASSES["letter"][labels["letter"][token]] in line.word
+        assert "".join(CLASSES["letter_0"][labels[f"letter_{i}"][token]] for i in range(len(line.word))) == line.word
+    assert (labels["digit"] == UNKNOWN).all()
+    assert (labels_of(full_page(rng, WORDS))["line"] == UNKNOWN).all()
+    scene = data.grid_scene(rng, 1)
+    labels = labels_of(scene)
+    cells = [CLASSES["digit"][labels["digit"][(cell // 3 * 4 + 1) * 12 + cell % 3 * 4 + 2]] for cell in range(9)]
+    assert tuple(cells) == scene.cells
+    assert all((labels[f"many_{digit}"] == scene.cells.count(digit)).all() for digit in data.DIGITS)
+
+
+def test_rates_follow_the_time_that_is_spent():
+    schedule = Schedule(10, warmup=0.1, decay=0.4, last=0.0)
+    assert [round(schedule.factor(at), 6) for at in (0.05, 0.1, 0.6, 0.8, 1.0)] == [0.5, 1.0, 1.0, 0.5, 0.0]
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path):
+    def run(folder) -> tuple[Run, torch.nn.Linear]:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(5, 3)
+        schedule = Schedule(1e9, warmup=1e-30)  # no step's rate depends on the clock
+        return Run(folder, schedule, [(0.1, dict(layer.named_parameters()))]), layer
+
+    def steps(run, layer, number):
+        for _ in range(number):
+            rows = torch.from_numpy(np.random.default_rng(run.step).normal(size=(4, 5))).float()
+            values = run.advance(lambda rows=rows: {"loss": layer(rows).square().mean()})
+            run.log(loss=values["loss"])
+
+    straight = run(tmp_path / "straight")
+    steps(*straight, 4)
+    stopped = run(tmp_path / "stopped")
+    steps(*stopped, 2)
+    stopped[0].save()
+    steps(*stopped, 1)  # lost: not saved
+    resumed = run(tmp_path / "stopped")
+    assert resumed[0].step == 2
+    steps(*resumed, 2)
+    for a, b in zip(straight[1].parameters(), resumed[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+    logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("straight", "stopped")]
+    assert [log.count('"loss"') for log in logs] == [4, 4]
+
+
+def test_what_is_exported_merges_to_what_was_trained(tmp_path):
+    model, decoder = small()
+    parameters = {f"lora.{name}": parameter for name, parameter in decoder.lora.items()}
+    parameters |= {"tower.pre_layrnorm.weight": torch.nn.Parameter(torch.ones(4))}
+    run = Run(tmp_path, Schedule(1), [(1e-3, parameters)])
+    run.save()
+    found = difference(tmp_path / "state.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    merged = smol_files.merged(name, decoder.weights[6][128:, :96], found)
+    torch.testing.assert_close(merged, model.state_dict()[name], rtol=1e-5, atol=1e-5)
+    assert smol_files.merged("model.norm.weight", torch.ones(3), found).tolist() == [1, 1, 1]
+    assert "vision_tower.vision_model.pre_layrnorm.weight" in found
+    assert math.isclose(found["lora.model.layers.0.self_attn.q_proj.b"].std(), SCALE * 0.1, rel_tol=0.1)
+
+
+@pytest.mark.parametrize("name", ["dense", "auto", "yopo-25", "vica", "cut"])
+def test_the_decoder_under_a_plan_is_the_patched_model(name):
+    """Logits of a LLaVA of 6 x 6 visual tokens, patched with the plan, and of the training decoder."""
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        vocab_size=60, hidden_size=96, intermediate_size=128, num_hidden_layers=8, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        image_size=24, patch_size=4, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config=text,
+            vision_config=vision,
+            image_token_index=4,
+            vision_feature_layer=-1,
+            tie_word_embeddings=True,
+        )
+    ).eval()
+    cut = VisualPlan.vtw(8, 3)
+    plan = resolve_heads(as_plan(cut if name == "cut" else name, 8), 6, 2, heads="first")
+    state = model.model.language_model.state_dict()
+    state = {f"model.{key}": value for key, value in state.items()}
+    decoder = PlannedDecoder(schedule(plan, 6, 2, 128), slice(3, 39), 6, text, state, torch.float32)
+    ids = torch.randint(5, 60, (2, 50))
+    ids[:, 3:39] = 4
+    pixels = torch.randn(2, 3, 24, 24)
+    with torch.no_grad(), vis_sparse.patched(model, plan):
+        expected = model(input_ids=ids, pixel_values=pixels).logits
+        visual = torch.stack(list(model.get_image_features(pixel_values=pixels).pooler_output))
+        embedded = decoder.embeddings[ids].masked_scatter((ids == 4)[..., None], visual)
+        visible = torch.ones(2, 1, 50, 50, dtype=torch.bool).tril()
+        logits = decoder.logits(decoder(embedded, torch.arange(50).expand(2, -1), visible))
+    torch.testing.assert_close(logits[:, 39:], expected[:, 39:], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,1 @@
+"""Training of `tiny/smol`, the shipped model with a real pretrained decoder."""

@@ -1,0 +1,109 @@
+"""Trains an adapter of the deep model under a plan: `python -m torch.distributed.run --standalone --nproc-per-node 2 -m
+vis_sparse.eval.deep.adapt --out FOLDER --plan vica --minutes 15`.
+
+The tower and the projector stay, the decoder with its own difference is the frozen base, and one more low-rank
+difference is trained on the dialogs of the base's training, with visual rows computed as the plan says.
+FOLDER/adapt-PLAN gets the log, the state, and the adapter in peft's format.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from vis_sparse.eval.deep import texts
+from vis_sparse.eval.deep.decoder import LINEARS, SCALE, Decoder, place_of
+from vis_sparse.eval.deep.export import difference
+from vis_sparse.eval.deep.front import planned, resolved, work_of
+from vis_sparse.eval.deep.model import Model, answer_loss
+from vis_sparse.eval.deep.projector import projected
+from vis_sparse.eval.deep.run import STATE, Run, Schedule, join, rank, rounded, world
+from vis_sparse.eval.deep.scoring import counted, shares
+from vis_sparse.eval.deep.sequences import sequences
+from vis_sparse.eval.deep.vision import features, seen
+from vis_sparse.eval.tiny.smol_files import merged
+
+SEED = 3
+RANK = 6
+RATE = 1e-3
+# Images of a process's sequences; chats come alone, as visual rows have a place of their own.
+MIXES = (
+    ("grid", "page", "grid"), ("page", "shape", "page"), ("page", "grid", "page"), ("grid", "page", "shape"),
+    ("page", "grid", "grid"), ("chat",),
+)  # fmt: skip
+LOG_STEPS, HELD_OUT_STEPS = 5, 40
+
+
+def train(folder: Path, base: str, name: str, calibration: Path | None, minutes: float) -> None:
+    state, chats = folder / base / STATE, texts.answered(folder / "texts.json")
+    added = difference(state)
+    work = work_of(resolved(name, calibration))
+
+    def on_the_base(tensors):
+        return planned({key: merged(key, value, added) for key, value in tensors.items()}, work, rank=RANK, seed=SEED)
+
+    model = Model(on_the_base)
+    model.load(state, ("projector", "tower"))
+    out = folder / f"adapt-{Path(name).stem}"
+    parameters = {f"lora.{key}": parameter for key, parameter in model.decoder.lora.items()}
+    run = Run(out, Schedule(minutes, warmup=0.03, decay=0.6), [(RATE, parameters)])
+    model.decoder.refresh()
+    if run.step == 0:
+        run.log(plan=name, held_out=shares(counted(model, 3)))
+    model.decoder.compile_pointwise()
+
+    def loss():
+        rng = np.random.default_rng([SEED, run.step, rank()])
+        mix = MIXES[(run.step * world() + rank()) % len(MIXES)]
+        data = sequences(model.tokenizer, rng, mix, chats)
+        if mix == ("chat",):
+            # a patched model computes a chat without an image as ever
+            return {"answers": answer_loss(model, data, None, Decoder.forward)}
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            visual = projected(model.projector, features(model.tower, seen(data.images).pixels)[0])
+        return {"answers": answer_loss(model, data, visual)}
+
+    while not run.done:
+        values = run.advance(loss)
+        model.decoder.refresh()
+        if run.step % LOG_STEPS == 0:
+            run.log(plan=name, loss=rounded(values))
+        if run.step % HELD_OUT_STEPS == 0:
+            run.log(plan=name, held_out=shares(counted(model, 3)))
+    run.save()
+    run.log(plan=name, held_out=shares(counted(model, 12)))
+    if rank() == 0:
+        write(out / "adapter", model.decoder)
+
+
+def write(folder: Path, decoder: Decoder) -> None:
+    """An adapter for peft: config and fp16 tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for key, tensor in decoder.lora.items():
+        layer, name, side = key.split("-")
+        place = f"base_model.model.model.language_model.layers.{layer}.{place_of(name)}"
+        tensors[f"{place}.lora_{side.upper()}.weight"] = tensor.detach().half().contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").chmod(0o644)
+    config = {
+        "peft_type": "LORA", "r": decoder.rank, "lora_alpha": int(SCALE * decoder.rank), "lora_dropout": 0.0,
+        "bias": "none", "inference_mode": True, "fan_in_fan_out": False, "base_model_name_or_path": "tiny/smol",
+        "target_modules": rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(LINEARS)})",
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/tiny/smol"), metavar="FOLDER", help="of the training")
+    parser.add_argument("--stage", default="again", help="whose weights are the base")
+    parser.add_argument("--plan", required=True, metavar="NAME")
+    parser.add_argument("--calibration", type=Path, metavar="FILE")
+    parser.add_argument("--minutes", type=float, required=True)
+    given = parser.parse_args()
+    join()
+    train(given.out, given.stage, given.plan, given.calibration, given.minutes)

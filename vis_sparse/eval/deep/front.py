@@ -1,0 +1,95 @@
+"""Scores of plans on the deep model: `python -m torch.distributed.run --standalone --nproc-per-node 2 -m
+vis_sparse.eval.deep.front --out FOLDER --plans dense,auto,vica --calibration FILE --batches 60 --json FILE`.
+
+Held-out questions as in `scoring`, many about one image in one sequence, in bf16, the plan as `planned` computes it;
+`blind` is the plan under which no text reads a visual token. FLOPs are those of the decoder's visual rows, by `flops`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from vis_sparse import flops
+from vis_sparse.cost.shape_lookup import load_shape
+from vis_sparse.eval.deep.model import Model
+from vis_sparse.eval.deep.planned import PlannedDecoder
+from vis_sparse.eval.deep.run import STATE, join, rank
+from vis_sparse.eval.deep.scoring import counted
+from vis_sparse.eval.tiny import checkpoint, model_smol, smollm2
+from vis_sparse.eval.tiny.data import IMAGE_SIZE
+from vis_sparse.plans.budgets import resolve_heads
+from vis_sparse.plans.files import as_plan
+from vis_sparse.plans.plan import VisualPlan
+from vis_sparse.plans.schedule import LayerWork, schedule
+from vis_sparse.plans.scores import Calibration
+
+BLIND, DENSE = "blind", "dense"
+TEXT_BEFORE, TEXT = 24, 40  # tokens of a typical prompt
+
+
+def resolved(name: str, calibration: Path | None) -> VisualPlan:
+    """A plan by name or file, or `BLIND`, with its budgets turned into heads and neurons."""
+    config = smollm2.config()
+    layers = config.num_hidden_layers
+    plan = VisualPlan.vtw(layers, 0) if name == BLIND else as_plan(name, layers)
+    known = None if calibration is None else Calibration.load(calibration)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    return resolve_heads(plan, heads, kv_heads, None if known else "first", calibration=known)
+
+
+def work_of(plan: VisualPlan) -> tuple[LayerWork, ...]:
+    config = smollm2.config()
+    return schedule(plan, config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)
+
+
+def planned(state: dict[str, torch.Tensor], work: tuple[LayerWork, ...], **options) -> PlannedDecoder:
+    """A decoder under a plan for sequences about images."""
+    start = TEXT_BEFORE
+    visual = slice(start, start + model_smol.VISUAL_TOKENS)
+    return PlannedDecoder(work, visual, model_smol.GRID, smollm2.config(), state, **options)
+
+
+def share_of_flops(plan: VisualPlan) -> float:
+    """Of the dense plan's FLOPs for visual rows in a prefill."""
+    shape = load_shape(checkpoint("smol"))
+
+    def spent(plan: VisualPlan) -> int:
+        report = flops(shape, plan, image_size=(IMAGE_SIZE, IMAGE_SIZE), text_tokens=TEXT, text_before=TEXT_BEFORE)
+        return report.prefill.lane("visual")
+
+    return spent(plan) / spent(VisualPlan.dense(shape.layers))
+
+
+def front(state: Path, names: list[str], calibration: Path | None, batches: int, file: Path) -> None:
+    rows = json.loads(file.read_text()) if file.exists() else []
+    names = [name for name in names if name not in {row["plan"] for row in rows}]
+    if not names:
+        return
+    plans = {name: resolved(name, calibration) for name in names}
+    model = Model(lambda tensors: planned(tensors, work_of(plans[names[0]])))
+    model.load(state)
+    model.decoder.refresh()
+    for name, plan in plans.items():
+        model.decoder.work = work_of(plan)
+        counts = counted(model, batches)
+        if rank() == 0:
+            kinds = {kind: {"right": right / asked, "questions": asked} for kind, (right, asked) in counts.items()}
+            rows.append({"plan": name, "visual_flops": round(share_of_flops(plan), 4), "kinds": kinds})
+            file.write_text(json.dumps(rows, indent=1) + "\n")
+            shown = " ".join(f"{kind} {100 * row['right']:.1f}" for kind, row in kinds.items())
+            print(f"{name}: {100 * rows[-1]['visual_flops']:.1f} % of the visual FLOPs; {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/tiny/smol"), metavar="FOLDER", help="of the training")
+    parser.add_argument("--stage", default="again")
+    parser.add_argument("--plans", required=True, metavar="A,B,...")
+    parser.add_argument("--calibration", type=Path, metavar="FILE")
+    parser.add_argument("--batches", type=int, default=60, help="of a process")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="rows; those in it are kept")
+    given = parser.parse_args()
+    join()
+    front(given.out / given.stage / STATE, given.plans.split(","), given.calibration, given.batches, given.json)
