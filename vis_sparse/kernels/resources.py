@@ -101,7 +101,7 @@ def shipped(head_dim: int, target: str) -> Iterator[Kernel]:
             yield Kernel(
                 f"near dQ, {name}",
                 triton_near.near_query_gradient,
-                tuning.near_gradient_blocks(blocks, device),
+                tuning.near_gradient_blocks(blocks, head_dim, device),
                 constants,
             )
     constants = width | _box(of_key.keys, of_key.queries, of_keys=True) | {"GROUP": 1}

@@ -197,7 +197,7 @@ def near_backward(
     grad_out, delta = _delta(grad_out, out)
     grads = _like(query), _like(key), _like(value)
     strides = (*query.stride()[:2], *key.stride()[:3], *value.stride()[:3])
-    tile_config = tuning.near_gradient_blocks(Blocks(*config), tuning.device_of(query))
+    tile_config = tuning.near_gradient_blocks(Blocks(*config), query.shape[2], tuning.device_of(query))
     key_config = _key_config(query)
     triton_near.near_query_gradient[len(tiles), key.shape[2]](
         query, key, value, grad_out, lse, delta, grads[0], tiles, segments, run_table, *strides, scale, scale * _LOG2E,

@@ -72,21 +72,24 @@ def near_blocks(head_dim: int, item_size: int, group: int, programs: int, device
     if members == 1 and programs < _WAVES * device.processors:
         return Blocks(16, 32, 4, 2, _bound(128, head_dim, device))
     bound = 128 if width <= 64 and device.capability >= 100 else 0
-    return Blocks(max(64 // members, 1), 64 if width <= 128 else 32, *_near_warps(device), bound)
+    return Blocks(max(64 // members, 1), 64 if width <= 128 else 32, *_near_warps(width, device), bound)
 
 
-def _near_warps(device: Device) -> tuple[int, int]:
+def _near_warps(width: int, device: Device) -> tuple[int, int]:
     """Warps and stages for 64 rows. A wgmma of 64 rows is one group of four warps: a second group would do its softmax
     and masks once more. Two such programs with three stages fit a multiprocessor; with two stages triton 3.6 spills.
     Four warps of sm_80 and sm_100 spill at width 128, eight of an AMD GPU do."""
-    if 90 <= device.capability < 100:
+    if 90 <= device.capability < 100 and width <= 128:
         return 4, 3
     return (8 if device.capability else 4), 2
 
 
-def near_gradient_blocks(forward: Blocks, device: Device) -> Blocks:
-    """Gradient of queries in the tiles of the forward: a third product, for which four warps lack registers."""
-    return forward._replace(warps=8, stages=2) if forward.keys == 64 and 90 <= device.capability < 100 else forward
+def near_gradient_blocks(forward: Blocks, head_dim: int, device: Device) -> Blocks:
+    """Gradient of queries in the tiles of the forward: a third product, for which four warps of sm_90 lack registers.
+    On sm_80 two stages spill at width 64, three do not."""
+    if forward.keys < 64 or not 0 < device.capability < 100:
+        return forward
+    return forward._replace(warps=8, stages=3 if device.capability < 90 and width_block(head_dim) <= 64 else 2)
 
 
 def run_blocks(head_dim: int, item_size: int, device: Device) -> Blocks:

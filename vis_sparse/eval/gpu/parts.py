@@ -34,7 +34,7 @@ def parts(dry: bool) -> list[Part]:
     own = ("--device", device, *(("--dry",) if dry else ()), "--json", "{json}")
     kernels = ("24x24", "2") if dry else ("24x24,48x48,64x64,128x128,8x32x32,16 of 16x16", "2,7")
     few = ("--most-heads", "1", "--ways", "dense,torch") if dry else ("--ways", "dense,flex,triton")
-    layers, tests = ("2", ("-k", "test_mass")) if dry else ("32", ("-n", "8"))
+    layers, tests = ("4", ("-k", "test_mass")) if dry else ("32", ("-n", "8"))
     model = ("--model", "qwen2-vl-2b" if dry else "llava-1.5-7b", *where)
     plans = "yopo-12" if dry else "dense,auto,yopo-12"
     image = ("--image-size", "56x56") if dry else ()
@@ -50,7 +50,7 @@ def parts(dry: bool) -> list[Part]:
         Part("model", "LLaVA-1.5-7B, batch 1", 60,
              (*_BENCH, *model, *image, "--layers", layers, "--plan", plans, "--decode", *json)),
         Part("graphs", "the same, compiled", 80,
-             (*_BENCH, *model, *image, "--layers", "2" if dry else "8", "--plan", "yopo-12", "--compile", *json)),
+             (*_BENCH, *model, *image, "--layers", "4" if dry else "8", "--plan", "yopo-12", "--compile", *json)),
         Part("host", "the host's time and launches of a call", 40,
              (*_BENCH, "--host", "--model", model[1], "--plan", plans, *narrow, *json)),
         Part("batch", "LLaVA-1.5-7B, batch 8", 40,
