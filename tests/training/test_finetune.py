@@ -230,3 +230,4 @@ def test_a_checkpoints_own_plan_is_the_default(rows, tmp_path):
 def test_numbers_of_conversations_reach_the_collator(rows):
     data = Numbered(rows)
     assert len(data) == 6 and data[4] == (4, rows[4])
+    assert Numbered(rows, held_out=True)[4] == (None, rows[4])

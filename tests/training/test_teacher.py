@@ -134,6 +134,11 @@ def test_what_takes_too_much_room_is_refused(small, rows, tmp_path, monkeypatch)
     assert len(list(tmp_path.glob("*/*.safetensors"))) == 1, "told by the first part"
 
 
+def test_held_out_conversations_have_no_teacher(rows, tmp_path):
+    _, done = tuned(rows[:2], tmp_path, distill=0.5, steps=1, held_out=rows[2:], evaluate=1)
+    assert [line["step"] for line in done["log"] if "eval_loss" in line] == [0, 1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, 4])
 def test_training_towards_the_teacher(lora, rows, tmp_path):

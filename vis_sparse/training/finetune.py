@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..patches import Plan, inspect, patch, unpatched
+from ..patches import Plan, inspect, patch
 from ..patches.errors import PatchError
 from ..plans.atomic_write import replaced
 from ..plans.layer_plan import PlanError
@@ -23,7 +23,7 @@ from .records import StepLog, read_log
 from .settings import Settings
 from .teacher import taught
 from .trained_parts import whole_decoder, with_adapters
-from .trainer import Collator, Numbered, PlanTrainer, shares
+from .trainer import Collator, EvaluatedBefore, Numbered, PlanTrainer, shares
 
 LOG, FACTS = "log.jsonl", "finetune.json"
 
@@ -80,7 +80,7 @@ def finetune(
         _arguments(out, settings, model, len(conversations), asked is not None),
         data_collator=Collator(encoder, teacher),
         train_dataset=Numbered(conversations),
-        eval_dataset=None if asked is None else Numbered(asked),
+        eval_dataset=None if asked is None else Numbered(asked, held_out=True),
         processing_class=processor,
         compute_metrics=shares,
         callbacks=[log],
@@ -91,8 +91,8 @@ def finetune(
         log.go_on_from(0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1]))
         with replaced(out / FACTS) as new:
             new.write_text(json.dumps(facts, indent=2) + "\n")
-    if asked is not None and checkpoint is None:
-        _evaluate_before(trainer)
+    if asked is not None:
+        trainer.add_callback(EvaluatedBefore(trainer))
     if checkpoint is not None and settings.lora is None:
         _load_weights(model, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -133,12 +133,6 @@ def _load_weights(model: nn.Module, checkpoint: str) -> None:
     those of its older multimodal classes by other ones, and the Trainer goes on without them."""
     saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
-
-
-def _evaluate_before(trainer: PlanTrainer) -> None:
-    with unpatched(trainer.model):
-        trainer.evaluate(metric_key_prefix="dense")
-    trainer.evaluate()
 
 
 def _arguments(out: Path, settings: Settings, model: nn.Module, samples: int, evaluates: bool) -> TrainingArguments:

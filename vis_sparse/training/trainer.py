@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, Trainer, TrainerCallback
 
 from ..calibration.samples import NO_LABEL
-from ..patches import is_patched, use_prompt
+from ..patches import is_patched, unpatched, use_prompt
 from ..patches.family import prompt_ends
 from .conversations import Conversation
 from .encoding import Encoder
@@ -26,16 +26,16 @@ TAUGHT = ("taught_ids", "taught_log_probabilities")
 
 
 class Numbered(Dataset):
-    """Conversations with their numbers, by which a teacher knows them."""
+    """Conversations with their numbers, by which a teacher knows them; held-out ones have none."""
 
-    def __init__(self, conversations: Sequence[Conversation]):
-        self._conversations = conversations
+    def __init__(self, conversations: Sequence[Conversation], held_out: bool = False):
+        self._conversations, self._held_out = conversations, held_out
 
     def __len__(self) -> int:
         return len(self._conversations)
 
-    def __getitem__(self, index: int) -> tuple[int, Conversation]:
-        return index, self._conversations[index]
+    def __getitem__(self, index: int) -> tuple[int | None, Conversation]:
+        return None if self._held_out else index, self._conversations[index]
 
 
 class Collator:
@@ -44,9 +44,9 @@ class Collator:
     def __init__(self, encoder: Encoder, teacher: Teacher | None = None):
         self._encoder, self._teacher = encoder, teacher
 
-    def __call__(self, numbered: Sequence[tuple[int, Conversation]]) -> dict[str, torch.Tensor]:
+    def __call__(self, numbered: Sequence[tuple[int | None, Conversation]]) -> dict[str, torch.Tensor]:
         inputs = self._encoder([conversation for _, conversation in numbered])
-        if self._teacher is None:
+        if self._teacher is None or numbered[0][0] is None:
             return inputs
         counts = (inputs["labels"][:, 1:] != NO_LABEL).sum(1).tolist()
         said = [self._teacher.of(index, count) for (index, _), count in zip(numbered, counts)]
@@ -82,13 +82,30 @@ class PlanTrainer(Trainer):
             losses = torch.lerp(losses, divergence(rows, *taught), self._distill)
         count = wanted.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
         loss = losses.sum() / count
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices and self.model.training:
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         if not return_outputs:
             return loss
         right = (logits.argmax(-1) == chosen) & wanted
         counts = wanted.sum(1).clamp_min(1)
         return loss, {"right": torch.stack([(right | ~wanted).all(1).float(), right.sum(1) / counts], 1)}
+
+
+class EvaluatedBefore(TrainerCallback):
+    """Evaluates before the first step: dense, then under the plan.
+
+    Not before `train` is called: accelerate takes a model that was evaluated for a prepared one, and several processes
+    would then train without sharing gradients.
+    """
+
+    def __init__(self, trainer: PlanTrainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            with unpatched(self._trainer.accelerator.unwrap_model(self._trainer.model)):
+                self._trainer.evaluate(metric_key_prefix="dense")
+            self._trainer.evaluate()
 
 
 def shares(prediction: EvalPrediction) -> dict[str, float]:
