@@ -1,5 +1,6 @@
 """Settings, a request's plan and layout, salts, Model Runner V2's notes, what a plan saves: no engine, no model."""
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from vis_sparse.plans.carried import to_block
 from vis_sparse.plans.layer_plan import LayerPlan, Neighborhood, TokenBudget
 from vis_sparse.plans.plan import VisualPlan
+from vis_sparse.serving import engine
 from vis_sparse.serving.engine import _supported
 from vis_sparse.serving.errors import ServingError
 from vis_sparse.serving.kinds import ALL, READ, TEXT, layer_kinds
@@ -285,3 +287,49 @@ def test_engines_that_are_refused(change, value, word):
     check_engine(engine_config())
     with pytest.raises(ServingError, match=word):
         check_engine(engine_config(**{change: value}))
+
+
+def arriving(monkeypatch, asked, **changes):
+    """A request, as it leaves the plug-in's hold on vLLM's input processor, and the images that were taken back."""
+    taken_back = []
+    monkeypatch.setattr(engine, "count", lambda *args: None)
+    errors = SimpleNamespace(VLLMValidationError=type("VLLMValidationError", (Exception,), {}))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(exceptions=errors))
+    monkeypatch.setitem(sys.modules, "vllm.exceptions", errors)
+    text = SimpleNamespace(num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, intermediate_size=48)
+    processor = SimpleNamespace(
+        vllm_config=SimpleNamespace(
+            additional_config={"vis_sparse": LOADED.to_block()}, model_config=SimpleNamespace(hf_text_config=text)
+        ),
+        renderer=SimpleNamespace(mm_processor_cache=SimpleNamespace(invalidate=taken_back.append)),
+    )
+    image = feature("image", 2, 10)
+    image.mm_hash = "image"
+    request = SimpleNamespace(
+        sampling_params=SimpleNamespace(extra_args=asked, skip_reading_prefix_cache=None), mm_features=[image],
+        cache_salt=None, resumable=False,
+    )  # fmt: skip
+    for name, value in changes.items():
+        setattr(request, name, value)
+    try:
+        return engine._noted(lambda processor: request, processor), taken_back
+    except errors.VLLMValidationError as error:
+        return str(error), taken_back
+
+
+def test_a_request_is_noted_where_it_comes_in(monkeypatch):
+    request, taken_back = arriving(monkeypatch, {"vis_sparse_plan": "dense", "other": 1})
+    assert request.sampling_params.extra_args == {"other": 1, NOTE: {"plan": 1, "compact": True}}
+    assert request.cache_salt == "vis_sparse:dense" and not taken_back
+    assert request.sampling_params.skip_reading_prefix_cache is None  # dense layers keep every key where it was
+    request, _ = arriving(monkeypatch, None)
+    assert request.sampling_params.skip_reading_prefix_cache and request.cache_salt
+    pooling, _ = arriving(monkeypatch, None, sampling_params=None)
+    assert pooling.cache_salt is None
+
+
+def test_a_rejected_request_gives_its_images_back(monkeypatch):
+    said, taken_back = arriving(monkeypatch, {"vis_sparse_plan": "yopo"})
+    assert "got 'yopo', expected one of the plans" in said and taken_back == ["image"]
+    said, taken_back = arriving(monkeypatch, None, resumable=True)
+    assert "resumable" in said and taken_back == ["image"]

@@ -64,7 +64,10 @@ def server(folder, plans, tmp_path_factory):
         yield port, log
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:  # still starting
+            process.kill()
 
 
 def body(seed: int, images: int, plan: str | None, **more) -> dict:
