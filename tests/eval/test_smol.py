@@ -26,7 +26,7 @@ SCORES = Path(__file__).parents[2] / "docs" / "assets" / "deep_scores.json"  # m
 
 
 def floor(kind: str, asked: int) -> float:
-    """Three standard errors of so many questions below what the page on the model says, and never near a blind model's."""
+    """Three standard errors of so many questions below what the page on the model says; never near a blind model's."""
     dense, blind = (row["kinds"][kind]["right"] for row in json.loads(SCORES.read_text())[:2])
     found = dense - 3 * (dense * (1 - dense) / asked) ** 0.5 - 0.02
     assert found > blind + 0.05

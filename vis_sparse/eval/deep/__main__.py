@@ -12,7 +12,7 @@ from vis_sparse.eval.deep.export import export
 from vis_sparse.eval.deep.run import STATE
 from vis_sparse.eval.tiny.smol_files import DIFFERENCE
 
-STAGES = {"vision": 15.0, "whole": 65.0, "again": 38.0}  # minutes
+STAGES = {"vision": 15.0, "whole": 65.0}  # minutes
 
 
 def main(folder: Path, processes: int, minutes: tuple[float, ...]) -> None:
@@ -25,13 +25,13 @@ def main(folder: Path, processes: int, minutes: tuple[float, ...]) -> None:
             module = ["train", "--stage", stage, "--out", str(folder)]
         command = [*launcher, f"vis_sparse.eval.deep.{module[0]}", *module[1:], "--minutes", str(budget)]
         subprocess.run(command, env=environment, check=True)
-    export(folder / "again" / STATE, folder / DIFFERENCE)
+    export(folder / "whole" / STATE, folder / DIFFERENCE)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/tiny/smol"), metavar="FOLDER")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--minutes", type=float, nargs=3, default=list(STAGES.values()), metavar=tuple(STAGES))
+    parser.add_argument("--minutes", type=float, nargs=2, default=list(STAGES.values()), metavar=tuple(STAGES))
     given = parser.parse_args()
     main(given.out, given.processes, tuple(given.minutes))

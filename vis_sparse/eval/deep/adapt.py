@@ -100,7 +100,7 @@ def write(folder: Path, decoder: Decoder) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/tiny/smol"), metavar="FOLDER", help="of the training")
-    parser.add_argument("--stage", default="again", help="whose weights are the base")
+    parser.add_argument("--stage", default="whole", help="whose weights are the base")
     parser.add_argument("--plan", required=True, metavar="NAME")
     parser.add_argument("--calibration", type=Path, metavar="FILE")
     parser.add_argument("--minutes", type=float, required=True)

@@ -85,7 +85,7 @@ def front(state: Path, names: list[str], calibration: Path | None, batches: int,
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/tiny/smol"), metavar="FOLDER", help="of the training")
-    parser.add_argument("--stage", default="again")
+    parser.add_argument("--stage", default="whole")
     parser.add_argument("--plans", required=True, metavar="A,B,...")
     parser.add_argument("--calibration", type=Path, metavar="FILE")
     parser.add_argument("--batches", type=int, default=60, help="of a process")

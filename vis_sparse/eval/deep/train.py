@@ -3,7 +3,7 @@ vis_sparse.eval.deep.train --stage whole --minutes 65 --out FOLDER`.
 
 `train_vision` has trained the tower alone. Stage `whole` gives the projector its first weights, without the decoder,
 and trains low-rank differences of the decoder, projector and tower on dialogs, with the tower's own losses kept; stage
-`again` does so once more, from a lower rate down to nothing.
+`again`, which the shipped model has not had, does so once more on top of a finished run.
 """
 
 import argparse
