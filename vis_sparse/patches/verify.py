@@ -75,7 +75,7 @@ def check_behaviour(text_model: nn.Module, decoder: Decoder, backend: Backend) -
             with _QuickProducts() if plain and rows.shape[-1] >= _WIDE else nullcontext():
                 expected = _unpatched(text_model, steps)
             runner = "lanes fail"
-            given, _ = _in_lanes(text_model, decoder, backend, steps)
+            given = _in_lanes(text_model, decoder, backend, steps)
         except Exception as error:
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise PatchError(f"model: got a {type(text_model).__name__} whose {runner}: {why}") from error
@@ -213,10 +213,11 @@ def _unpatched(text_model: nn.Module, steps) -> torch.Tensor:
     return torch.cat(hidden, 1)
 
 
-def _in_lanes(text_model: nn.Module, decoder: Decoder, backend: Backend, steps):
-    """Final hidden states of the calls in lanes, and the inputs of each layer in the first."""
+def _in_lanes(text_model: nn.Module, decoder: Decoder, backend: Backend, steps, inputs: list | None = None):
+    """Final hidden states of the calls in lanes. Appends the inputs of each layer, and what the last gives, to `inputs`
+    if given."""
     layout = VisualLayout.from_grids([[(_TEXT, (1, _SIDE, _SIDE))]])
-    cached, hidden, past, collected = {}, [], 0, []
+    cached, hidden, past = {}, [], 0
     for indices, arguments in steps:
         some = dataclasses.replace(decoder, layers=tuple(decoder.layers[index] for index in indices))
         executor = LaneExecutor(some, VisualPlan.dense(len(indices)), backend)
@@ -228,17 +229,18 @@ def _in_lanes(text_model: nn.Module, decoder: Decoder, backend: Backend, steps):
         layers[0].book.append(packing.slots(), length)
         call = Call.over(packing, layers[0].book, None, embeds.device)
         cos, sin = text_model.rotary_emb(embeds, position_ids=ids)
-        out = executor.run(embeds, cos, sin, call, layers, collected if not past else None)
-        if not past:
-            collected.append(out)
+        out = executor.run(embeds, cos, sin, call, layers, inputs)
+        if inputs is not None:
+            inputs.append(out)
         hidden.append(text_model.norm(out))
         past += length
-    return torch.cat(hidden, 1), collected
+    return torch.cat(hidden, 1)
 
 
 def _first_difference(text_model, decoder, backend, steps, limit: float) -> str:
     """Where in the prompt's pass the two part, in words. steps: the prompt alone."""
     inputs: list[torch.Tensor] = []
+    own: list[torch.Tensor] = []
     chosen, arguments = steps[0]
 
     def note(module, args, kwargs):
@@ -251,7 +253,7 @@ def _first_difference(text_model, decoder, backend, steps, limit: float) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    _, own = _in_lanes(text_model, decoder, backend, steps)
+    _in_lanes(text_model, decoder, backend, steps, own)
     for number, (theirs, ours) in enumerate(zip(inputs, own)):
         if not _difference(ours, theirs) <= limit:
             return "before its first layer" if number == 0 else f"first in layer {chosen[number - 1]}"
