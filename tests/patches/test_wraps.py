@@ -204,8 +204,18 @@ def test_hooks_of_accelerate_keep_an_images_grid_in_beams():
     assert vis_sparse.inspect(model)["last_call"].past
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """A process has one setting of mixed precision, which `Trainer` may have made."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
 @torch.no_grad()
-def test_mixed_precision_of_accelerate_put_on_and_taken_off():
+def test_mixed_precision_of_accelerate_put_on_and_taken_off(fresh_accelerate):
     """`Accelerator.prepare` wraps what it finds as the model's forward, `unwrap_model` binds that to the model."""
     from accelerate import Accelerator
 

@@ -139,7 +139,9 @@ class Selection:
 
 def select(x: torch.Tensor, dim: int, indices: Sequence[int]) -> torch.Tensor:
     """x at `indices` along `dim`, for once (`Selection`)."""
-    return Selection(indices, x.shape[dim])(x, dim)
+    if not follow(indices):
+        return x.index_select(dim, index_on(tuple(indices), x.device))
+    return x if len(indices) == x.shape[dim] else x.narrow(dim, indices[0] if len(indices) else 0, len(indices))
 
 
 @lru_cache(maxsize=4096)
