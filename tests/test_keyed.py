@@ -20,7 +20,7 @@ from vis_sparse.eval.demo import run_demo
 from vis_sparse.eval.lmms import run as lmms_run
 from vis_sparse.eval.lmms.run import Settings, evaluate
 from vis_sparse.eval.tasks import tiny
-from vis_sparse.eval.tiny import checkpoint
+from vis_sparse.eval.tiny import NAMES, checkpoint
 from vis_sparse.eval.tiny import train as training
 from vis_sparse.eval.tiny.families import FAMILIES
 from vis_sparse.patches.calibrated import of_weights
@@ -30,6 +30,7 @@ from vis_sparse.plans.scores import Calibration
 from vis_sparse.searching.search import meter_of, search_front
 
 from .calibration.samples import make_samples
+from .marks import slow_but
 from .models import LAYERS, make_model
 
 HALF = VisualPlan((LayerPlan(ffn=NeuronBudget(0.5)),) * LAYERS)
@@ -126,7 +127,7 @@ def test_a_calibration_in_half_precision_knows_the_whole_weights():
     assert told(make_model(seed=1, dtype=torch.float32), calibration=half) != []
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("name", slow_but(NAMES, FAMILIES))
 def test_shipped_calibrations_are_of_the_shipped_models(name):
     model = FAMILIES[name].MODEL.from_pretrained(checkpoint(name), dtype=torch.float32)
     assert told_by(model, checkpoint(name) / "heads.safetensors") == []
