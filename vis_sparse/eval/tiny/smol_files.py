@@ -23,7 +23,7 @@ from vis_sparse.eval.tiny import smollm2
 
 SHIPPED_FOLDER = Path(__file__).parent / "smol"
 DIFFERENCE, HEAD_SCORES = "difference.safetensors", "heads.safetensors"
-LAYOUT = "1"  # of the made folder: raised when its contents change for the same shipped files
+LAYOUT = "2"  # of the made folder: raised when its contents change for the same shipped files
 LORA = "lora."
 
 
