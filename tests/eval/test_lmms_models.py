@@ -141,6 +141,6 @@ def test_what_no_class_runs_is_refused(tmp_path):
 def test_errors_of_a_plan_are_not_answers(tmp_path):
     """lmms-eval's class for LLaVA takes any error in `generate` for an empty answer."""
     model = _load(_case("Llava"), tmp_path)
-    model.model.generation_config.cache_implementation = "static"
-    with pytest.raises(PatchError, match="StaticCache"):
+    model.model.generation_config.update(output_attentions=True, return_dict_in_generate=True)
+    with pytest.raises(PatchError, match="output_attentions"):
         model.generate_until(_requests(model, _documents(), max_new_tokens=2))

@@ -154,7 +154,8 @@ def holds_plain_or_lanes(cache) -> bool:
 def static_columns(cache) -> int | None:
     """Columns that an empty static cache has room for; None of another cache."""
     layers = cache_layers(cache)
-    if not isinstance(cache, StaticCache) or not all(type(layer) is StaticLayer for layer in layers):
+    plain = isinstance(cache, StaticCache) and all(type(layer) is StaticLayer for layer in layers)
+    if not plain or getattr(cache, "offloading", False):
         return None
     return None if any(layer.is_initialized for layer in layers) else min(layer.max_cache_len for layer in layers)
 

@@ -39,7 +39,7 @@ def parts(dry: bool) -> list[Part]:
     plans = "yopo-12" if dry else "dense,auto,yopo-12"
     image = ("--image-size", "56x56") if dry else ()
     json = ("--json", "{json}")
-    narrow = ("--repeats", "1", "--layers", "2") if dry else ("--repeats", "5")
+    narrow = ("--repeats", "1", "--layers", "4") if dry else ("--repeats", "5")
     return [
         Part("ceilings", "what the device reaches at best", 40, (*_OWN, "ceilings", *own)),
         Part("tests", "whether the kernels are right", 130,
