@@ -13,6 +13,7 @@ from vis_sparse.plans.plan import VisualPlan
 
 from ..models import HEADS, IMAGE, LAYERS, NEURONS, make_batch, make_model
 
+_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.mkldnn._linear_pointwise)
 SCATTERED = LayerPlan(True, Neighborhood(1), (False, True) * (HEADS // 2), 0.5)
 
 
@@ -26,7 +27,7 @@ def test_counts_the_last_prompt():
         model.model.language_model(inputs_embeds=embeds)
     seen = vis_sparse.inspect(model)
     counts = counter.get_flop_counts()["Global"]
-    products = sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.mkldnn._linear_pointwise))
+    products = sum(counts.get(op, 0) for op in _PRODUCTS)
     report = vis_sparse.flops(model, seen["plan"], layout=batch.layout, text_tokens=9)
     assert seen["flops"] == report.total < seen["flops_dense"]
     assert seen["flops"] - report.prefill.part("scores") == products
