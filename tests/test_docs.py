@@ -33,6 +33,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("examples/*.md
 QUICK = {
     "vis-sparse": None,  # `vis-sparse --help`, `--version`
     "vis-sparse bench": "--layers 1 --repeats 1",
+    "vis-sparse bench --train": "--model qwen2-vl-2b --text-tokens 16 --layers 3 --repeats 1",
     "vis-sparse bench calibration": "--layers 1 --samples 1 --repeats 1",
     "vis-sparse bench kernels": "--settings 24x24 --most-heads 1 --repeats 1",
     "vis-sparse calibrate": "--samples 8",

@@ -30,6 +30,7 @@ def check_structure(text_model: nn.Module, before: list[tuple]) -> None:
     """Raise PatchError if decoder layers are not those that were patched, `before`."""
     for index, (now, then) in enumerate(zip(blocks(text_model), before)):
         if now != then:
+            check_layers(text_model.layers)  # what wraps a layer is named, rather than called another layer
             raise PatchError(
                 f"layers: got another layer {index} than at vis_sparse.patch, expected the same decoder (patch the "
                 "model again after changing its structure)"

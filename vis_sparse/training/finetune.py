@@ -30,7 +30,7 @@ LOG, FACTS = "log.jsonl", "finetune.json"
 
 def finetune(
     model: nn.Module,
-    processor,
+    processor: Any,
     data: str | Path | Sequence[Conversation],
     plan: Plan | None = None,
     *,
