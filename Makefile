@@ -10,7 +10,7 @@ RESULTS ?=
 TINY ?=
 MUTANTS ?=
 GPU ?=
-PYTEST ?= -n 2 -q
+PYTEST ?= -n 2 -q --durations=25
 FUZZ ?= --cases 100000
 OLD := .venv-old
 NEXT := .venv-next
