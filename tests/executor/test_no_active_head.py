@@ -36,6 +36,22 @@ def test_the_bias_is_added(text, semantics):
 
 
 @torch.no_grad()
+def test_rows_that_nobody_reads_any_more_get_no_bias():
+    """They leave attention as they came, whatever the plan says of it, and keep that value to the end."""
+    model = make_model("llama-bias")
+    batch = make_batch(model, [(3, IMAGE, 4)])
+    visual = batch.input_ids == IMAGE_TOKEN
+    found = []
+    for dead in (LayerPlan(), LayerPlan(attention="none", ffn=0)):
+        plan = VisualPlan((LayerPlan(), dead, LayerPlan(False)), "p")
+        with vis_sparse.patched(model, plan):
+            found.append(model.model(**batch.by_ids(), output_hidden_states=True).hidden_states)
+    for states in found:
+        torch.testing.assert_close(states[2][visual], states[1][visual], **EXACT)
+    torch.testing.assert_close(found[0][-1], found[1][-1], **EXACT)
+
+
+@torch.no_grad()
 def test_the_bias_of_a_wrapped_projection_is_added():
     model = make_model("llama-bias")
     batch = make_batch(model, [(3, IMAGE, 4)])

@@ -72,8 +72,9 @@ def test_skipped_attention_leaves_the_ffn_and_what_text_reads():
 def test_rows_that_nobody_reads_later_are_dead_however_much_the_plan_asks():
     plan = VisualPlan((LayerPlan(), LayerPlan(text_reads=False), LayerPlan(text_reads=False, ffn=0.5)))
     first, *rest = schedule(plan, HEADS, KV_HEADS, NEURONS)
-    assert (first.updates, first.key_heads) == (False, ALL)
+    assert (first.updates, first.attention, first.key_heads) == (False, "none", ALL)
     for item in rest:
+        assert item.attention == "none"
         assert (item.updates, item.key_heads, item.reads, item.stores) == (False, (), False, False)
 
 

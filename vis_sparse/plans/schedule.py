@@ -18,6 +18,8 @@ class LayerWork:
     query_heads: query heads in which visual rows are queries; empty if visual rows skip attention.
     key_heads: KV heads whose visual K (and V) are computed; empty if nobody reads them.
     value_heads: query heads whose weights on visual values count; the others read zeros ("zero" semantics only).
+    attention: "none" if the layer's attention leaves visual rows as they are. That is not what no query head means: if
+    a plan lets rows attend in no head, they still get the output projection's bias.
     reads: text queries see the visual keys of `key_heads` (in "zero" semantics also when every value is zeroed).
     stores: the visual K/V go into the cache.
     neurons: FFN neurons of visual rows, a count of first ones or indices; 0 if they skip the FFN.
@@ -67,15 +69,15 @@ def _active_heads(layer: LayerPlan, num_heads: int) -> tuple[int, ...]:
 
 
 def _exclude(layer, heads, group, num_kv_heads, ffn_size, needed) -> LayerWork:
-    attends = needed and layer.attention != "none"
-    query_heads = heads if attends else ()
+    attention = layer.attention if needed else "none"
+    query_heads = heads if attention != "none" else ()
     reads = layer.text_reads and bool(heads)
-    key_heads = tuple(sorted({head // group for head in heads})) if reads or attends else ()
+    key_heads = tuple(sorted({head // group for head in heads})) if reads or query_heads else ()
     # a later segment's full attention reads this one's keys, in whatever call it comes
-    stores = reads or (bool(query_heads) and layer.attention == "full")
+    stores = reads or (bool(query_heads) and attention == "full")
     neurons = layer.neurons(ffn_size) if needed else 0
     tokens = layer.tokens if needed else None
-    return LayerWork(query_heads, key_heads, heads, layer.attention, reads, stores, neurons, tokens)
+    return LayerWork(query_heads, key_heads, heads, attention, reads, stores, neurons, tokens)
 
 
 def _zero(layer, heads, group, num_kv_heads, ffn_size, needed) -> LayerWork:
