@@ -6,6 +6,7 @@ STEP, TABLES, KINDS = "serving/step.py", "serving/tables.py", "serving/kinds.py"
 RUNTIME, LANES, BACKENDS = "serving/runtime.py", "serving/lanes.py", "serving/backends.py"
 REQUESTS, CUTS = "serving/requests.py", "serving/cuts.py"
 READS = "serving/test_tables.py::test_every_query_reads_its_keys"
+ROOM = "serving/test_tables.py::test_what_a_layer_without_visual_keys_has_no_room_for"
 COMPANY = "serving/test_lanes.py::test_plans_in_company[llama-gqa]"
 SHARED = "serving/test_lanes.py::test_prefixes_are_shared_within_a_plan_only"
 SHARDS = "serving/test_lanes.py::test_shards_of_an_ffn_add_up"
@@ -82,6 +83,24 @@ MUTANTS = mutants((
         "all(length % block == 0 for",
         "any(length % block == 0 for",
         READS, "serving/test_tables.py::test_an_image_of_broken_blocks_does_not_fit_layout_b",
+    ),
+    (
+        "the block in which an image begins holds nothing", TABLES,
+        "range(-(-start // block), (start + length) // block)",
+        "range(start // block, (start + length) // block)",
+        READS, ROOM,
+    ),
+    (
+        "the block in which an image ends holds nothing", TABLES,
+        "range(-(-start // block), (start + length) // block)",
+        "range(-(-start // block), -(-(start + length) // block))",
+        READS, ROOM,
+    ),
+    (
+        "images that are still to come have no text", TABLES,
+        "sum(min(max(count - start, 0), length)",
+        "sum(min(abs(count - start), length)",
+        READS, ROOM,
     ),
     (
         "attention full without reads is taken", KINDS,

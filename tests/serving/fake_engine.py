@@ -59,8 +59,8 @@ class Common:
 
 
 class Builder:
-    def __init__(self, kv_cache_spec):
-        self.kv_cache_spec = kv_cache_spec
+    def __init__(self, kv_cache_spec, layer_names):
+        self.kv_cache_spec, self.layer_names = kv_cache_spec, layer_names
 
     @classmethod
     def get_cudagraph_support(cls):
@@ -244,10 +244,15 @@ class Engine:
         self.forward = planned_forward(self.model, self.runtime, shards or Shards(), None, lambda: self.context)
         self.model.forward = self.forward
         self.layers = list(self.model.language_model.model.layers)
-        groups = {layer.self_attn.attn.attn_backend for layer in self.layers}
-        self.builders = {
-            backend.__name__: backend.get_builder_cls()(SimpleNamespace(block_size=block)) for backend in groups
-        }
+        # two block tables, for every other layer: layers under one backend share metadata as far as they share a table
+        grouped: dict[tuple, list[str]] = {}
+        for index, layer in enumerate(self.layers):
+            attention = layer.self_attn.attn
+            grouped.setdefault((index % 2, attention.attn_backend), []).append(attention.layer_name)
+        self.builders = [
+            (group, names, backend.get_builder_cls()(SimpleNamespace(block_size=block), names))
+            for (group, backend), names in grouped.items()
+        ]
 
     def request(self, embeds: torch.Tensor, key: tuple, ranges, plan: str | None = None) -> Request:
         note = note_of(self.loaded, ranges, plan)
@@ -280,20 +285,22 @@ class Engine:
             row[: len(request.blocks)] = torch.tensor(request.blocks)
         positions = torch.cat([torch.arange(r.done, r.done + c) for r, c in zip(requests, counts)])
         owner = torch.from_numpy(np.repeat(np.arange(len(requests)), counts))
-        slots = table[owner, positions // self.block].long() * self.block + positions % self.block
-        common = Common(
-            torch.from_numpy(start), torch.from_numpy(start), torch.from_numpy(lengths), torch.from_numpy(lengths),
-            len(requests), int(start[-1]), max(counts), int(lengths.max()), table, slots, positions,
-            torch.ones(len(requests), dtype=torch.bool),
-        )  # fmt: skip
         self.runtime.begin(requests, lambda r: facts_of(r.ranges, r.note, self.loaded, True), start, lengths)
-        built = {name: builder.build(0, common) for name, builder in self.builders.items()}
-        names = [layer.self_attn.attn.layer_name for layer in self.layers]
-        metadata = {name: built[layer.self_attn.attn.attn_backend.__name__] for name, layer in zip(names, self.layers)}
+        tables = [table, torch.where(table > 0, table + self.blocks // 2, 0)]
+        metadata, before = {}, {}
+        for group, names, builder in self.builders:
+            own = tables[group]
+            slots = own[owner, positions // self.block].long() * self.block + positions % self.block
+            common = Common(
+                torch.from_numpy(start), torch.from_numpy(start), torch.from_numpy(lengths), torch.from_numpy(lengths),
+                len(requests), int(start[-1]), max(counts), int(lengths.max()), own, slots, positions,
+                torch.ones(len(requests), dtype=torch.bool),
+            )  # fmt: skip
+            metadata |= dict.fromkeys(names, builder.build(0, common))
+            before |= dict.fromkeys(names, slots)
         self.context = SimpleNamespace(
-            attn_metadata=metadata, slot_mapping=dict.fromkeys(names, slots), cudagraph_runtime_mode=Mode.PIECEWISE
+            attn_metadata=metadata, slot_mapping=before, cudagraph_runtime_mode=Mode.PIECEWISE
         )
-        before = self.context.slot_mapping
         embeds = torch.cat([r.embeds[r.done : r.done + c] for r, c in zip(requests, counts)])
         hidden = self.model.forward(None, positions, None, embeds)
         assert self.context.slot_mapping is before and self.context.cudagraph_runtime_mode is Mode.PIECEWISE

@@ -9,7 +9,7 @@ import numpy as np
 
 from vis_sparse.serving.kinds import ALL, READ, TEXT
 from vis_sparse.serving.step import Batch, Step, merged_segments
-from vis_sparse.serving.tables import block_columns, compact_slots, fits_blocks, head_copies
+from vis_sparse.serving.tables import block_columns, compact_slots, empty_columns, fits_blocks, head_copies, text_tokens
 
 STALE = -1
 
@@ -68,8 +68,9 @@ class Cache:
         step = Step(batch, np.concatenate([[0], np.cumsum(counts)]), lengths)
         width = max(len(request.blocks) for request in requests) + 1
         table = np.zeros((len(requests), width), np.int64)
-        for row, request in zip(table, requests):
+        for row, request, count in zip(table, requests, counts):
             row[: len(request.blocks)] = request.blocks
+            self._give_back(row, request, request.done + count)
         self._check_rows(step, requests)
         sequences = step.sequences(self.kinds)
         rows = np.arange(step.num_rows) if sequences.rows is None else sequences.rows
@@ -89,10 +90,19 @@ class Cache:
         columns = block_columns(batch, sequences, self.block, width)
         tables = table[sequences.request] if columns is None else table[sequences.request[:, None], columns]
         self._check_reads(sequences, tables, rows, step, requests)
+        assert (self.slots[0] == STALE).all()
         for request, count in zip(requests, counts):
             request.done += count
             for end in range(self.block, request.done + 1, self.block):
                 self.shared.setdefault(request.key(end), request.blocks[end // self.block - 1])
+
+    def _give_back(self, row, request: Request, tokens: int) -> None:
+        """Block 0, in which nothing is ever written, where a request needs none."""
+        if self.kinds[request.plan] == TEXT:
+            if request.compact:
+                row[-(-text_tokens(request.segments, tokens) // self.block) :] = 0
+            else:
+                row[[column for column in empty_columns(request.segments, self.block) if column < len(row)]] = 0
 
     def _check_rows(self, step: Step, requests: list[Request]) -> None:
         tokens = [requests[r].tokens[p] for r, p in zip(step.request, step.position)]

@@ -198,5 +198,5 @@ def test_a_kernel_block_that_cuts_the_layout_is_refused():
     engine = Engine(models.make_model("llama-gqa"), [VICA])
     backend = engine.layers[1].self_attn.attn.attn_backend
     with pytest.raises(ServingError, match="kernel blocks of 3"):
-        backend.get_builder_cls()(type("Spec", (), {"block_size": 3}))
+        backend.get_builder_cls()(type("Spec", (), {"block_size": 3}), ["layers.1"])
     assert backend.get_builder_cls().get_cudagraph_support().name == "NEVER"

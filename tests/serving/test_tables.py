@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vis_sparse.serving.kinds import ALL, READ, TEXT
 from vis_sparse.serving.step import FAR, Batch, Step, merged_segments
-from vis_sparse.serving.tables import block_columns, compact_slots, fits_blocks, head_copies
+from vis_sparse.serving.tables import block_columns, compact_slots, empty_columns, fits_blocks, head_copies, text_tokens
 
 from .paged import Cache, Request, layout_of
 
@@ -98,6 +98,12 @@ def test_a_decode_step_needs_no_row_of_its_own():
     assert columns[0, :1].tolist() == [2] and columns[1, :2].tolist() == [0, 1]
     assert columns[2, :2].tolist() == [0, 4]  # 4 text, the image's block out, then 1 + 3 around the second image
     assert head_copies(step, (TEXT,), 4) == [] and compact_slots(step, (TEXT,), None, 4) is None
+
+
+def test_what_a_layer_without_visual_keys_has_no_room_for():
+    assert empty_columns([(2, 8)], 4) == [1] and empty_columns([(4, 4), (9, 8)], 4) == [1, 3]
+    assert empty_columns([(0, 8)], 4) == [0, 1] and empty_columns([(1, 4)], 4) == [] and empty_columns([], 4) == []
+    assert [text_tokens([(2, 3), (6, 2)], count) for count in range(10)] == [0, 1, 2, 2, 2, 2, 3, 3, 3, 4]
 
 
 def test_padding_requests_have_no_segments():

@@ -29,14 +29,14 @@ def planned_backend(base: type, runtime: Runtime, kinds: tuple[int, ...]) -> typ
             return type(super().get_cudagraph_support(*args, **kwargs)).NEVER
 
         def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
-            common = runtime.attention(kinds, common_attn_metadata, self.kv_cache_spec.block_size)
+            common = runtime.attention(kinds, self.layer_names, common_attn_metadata, self.kv_cache_spec.block_size)
             return None if common is None else super().build(common_prefix_len, common, fast_build)
 
     name = f"Planned{base.__name__}{''.join(map(str, kinds))}"
     return type(name, (base,), {"get_builder_cls": staticmethod(lambda: PlannedBuilder)})
 
 
-def update_with_copies(update: Callable, runtime: Runtime, kinds: tuple[int, ...]) -> Callable:
+def update_with_copies(update: Callable, runtime: Runtime, name: str) -> Callable:
     """The engine's write of keys, then layout B's copies of block ends into block heads, each before a write anew.
 
     Whole blocks are copied, in whatever order an engine keeps keys in one; the write anew puts right what a copy laid
@@ -45,7 +45,7 @@ def update_with_copies(update: Callable, runtime: Runtime, kinds: tuple[int, ...
 
     def write(layer, key, value, kv_cache, slot_mapping):
         update(layer, key, value, kv_cache, slot_mapping)
-        for source, target in runtime.copies.get(kinds, ()):
+        for source, target in runtime.copies.get(name, ()):
             kv_cache[target] = kv_cache[source]
             update(layer, key, value, kv_cache, slot_mapping)
 

@@ -1,9 +1,10 @@
-"""The plug-in's hold on vLLM: four of its functions are wrapped, and each does what it did where no plan is asked for.
+"""The plug-in's hold on vLLM: six of its functions are wrapped, and each does what it did where no plan is asked for.
 
 - `EngineArgs.create_engine_config`: a plan is read and refused here, in the caller's process, before anything starts.
 - weights processed after loading: the model is made to run plans (`install`).
 - `GPUModelRunner._build_attention_metadata` (Model Runner V1, all CPUs): tells whose rows a step holds.
 - `InputProcessor.process_inputs`: a request's plan and layout.
+- `KVCacheManager.allocate_slots` and `get_computed_blocks`: which blocks a request does without (`kv_blocks`).
 
 Model Runner V2 is told by `model_state`.
 """
@@ -46,12 +47,15 @@ def _supported(version: str) -> bool:
 
 def _hold() -> None:
     from vllm.model_executor.model_loader import base_loader
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     _wrap(base_loader, "process_weights_after_loading", _loaded)
     _wrap(GPUModelRunner, "_build_attention_metadata", _begun)
     _wrap(InputProcessor, "process_inputs", _noted)
+    _wrap(KVCacheManager, "allocate_slots", _met)
+    _wrap(KVCacheManager, "get_computed_blocks", _looked_up)
 
 
 def _wrap(owner, name: str, wrapper) -> None:
@@ -125,6 +129,27 @@ def _begun(original, runner, **kwargs):
 
         begin_step(runner, **kwargs)
     return original(runner, **kwargs)
+
+
+def _met(original, manager, request, *args, **kwargs):
+    for each in _unseen(manager):
+        each.meet(request)
+    return original(manager, request, *args, **kwargs)
+
+
+def _looked_up(original, manager, request):
+    for each in _unseen(manager)[:1]:
+        with each.looking_up(request):
+            return original(manager, request)
+    return original(manager, request)
+
+
+def _unseen(manager) -> list:
+    """The parts of a KV cache manager that hold no visual keys; vLLM tells them a request's name alone."""
+    if "_vis_sparse_unseen" not in manager.__dict__:
+        parts = manager.coordinator.single_type_managers
+        manager._vis_sparse_unseen = [part for part in parts if type(part).__name__ == "UnseenManager"]
+    return manager._vis_sparse_unseen
 
 
 def _noted(original, processor, *args, **kwargs):

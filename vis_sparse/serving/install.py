@@ -1,7 +1,7 @@
 """A loaded vLLM model, made to run plans: its forward, its layers' attention metadata, weights that visual rows need.
 
-Runs in each worker, once, between loading the weights and packing them. Names of vLLM's modules stand here and in
-`engine.py`, nowhere else.
+Runs in each worker, once, between loading the weights and packing them. Names of vLLM's modules stand here, in
+`engine.py` and in `kv_blocks.py`, nowhere else.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from vllm.platforms import current_platform
 
 from .cuts import CutLinear, Shards
 from .errors import ServingError
+from .kv_blocks import spec_of, worth_two_tables
 from .lanes import planned_forward
 from .runtime import Runtime
 from .settings import Loaded, TextShape
@@ -52,6 +53,9 @@ def install(model: nn.Module, vllm_config: VllmConfig, loaded: Loaded, shape: Te
     setattr(model, RUNTIME, runtime)
     model.vis_sparse_forward = forward
     model.load_weights = _no_reload
+    if worth_two_tables(runtime.layers) and not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        for index, layer in enumerate(layers):
+            _give_spec(layer.self_attn.attn, runtime, index)
     model.get_model_state_cls = lambda: _state_class(runtime)  # what Model Runner V2 asks for
     parts = nn.ModuleList([*forward.keys.values(), *forward.ffns.values()])
     extra = sum(part.bytes for part in parts.modules() if isinstance(part, CutLinear))
@@ -62,6 +66,11 @@ def install(model: nn.Module, vllm_config: VllmConfig, loaded: Loaded, shape: Te
         sum(not kinds.is_dense for kinds in runtime.layers),
         extra / 2**20,
     )
+
+
+def _give_spec(attention: nn.Module, runtime: Runtime, index: int) -> None:
+    own = attention.get_kv_cache_spec
+    attention.get_kv_cache_spec = lambda vllm_config: spec_of(runtime.layers, index, own(vllm_config))
 
 
 def _no_reload(*args, **kwargs):

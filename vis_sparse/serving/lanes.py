@@ -35,7 +35,7 @@ def planned_forward(
         if READ in kinds.attention:
             keys[index] = VisualKeys(layer.self_attn, pack)
         if TEXT in kinds.attention:
-            attention.impl.do_kv_cache_update = update_with_copies(updates[index], runtime, kinds.attention)
+            attention.impl.do_kv_cache_update = update_with_copies(updates[index], runtime, attention.layer_name)
         if not kinds.is_dense:
             attention.attn_backend = planned_backend(attention.attn_backend, runtime, kinds.attention)
         for neurons in set(kinds.neurons) - {0, runtime.shape.ffn}:
@@ -86,9 +86,7 @@ class PlannedForward:
         before, changed = context.slot_mapping, self.runtime.slots
         self._own = before
         if changed:
-            context.slot_mapping = {
-                name: changed.get(layer.attention, before[name]) for name, layer in zip(self.names, self.runtime.layers)
-            }
+            context.slot_mapping = before | changed
         try:
             yield
         finally:

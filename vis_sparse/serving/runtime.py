@@ -29,9 +29,9 @@ class Runtime:
         self.shape = shape
         self.layers: tuple[LayerKinds, ...] = loaded.kinds(shape)
         self.step: Step | None = None
-        # by what a layer's attention does under each plan, of the current step
-        self.slots: dict[tuple[int, ...], torch.Tensor] = {}
-        self.copies: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        # by the layer's name, of the current step
+        self.slots: dict[str, torch.Tensor] = {}
+        self.copies: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._rows: dict[Any, torch.Tensor | None] = {}
         self._members: list = []
         self._batch: Batch | None = None
@@ -73,10 +73,11 @@ class Runtime:
             self._rows[key] = None if rows is None else torch.from_numpy(rows).to(device, non_blocking=True)
         return self._rows[key]
 
-    def attention(self, kinds: tuple[int, ...], common, block: int):
-        """`common`, the engine's metadata of the whole step, as that of the queries of a layer of these kinds.
+    def attention(self, kinds: tuple[int, ...], names: Sequence[str], common, block: int):
+        """`common`, the engine's metadata of the whole step, as that of the queries of layers of these kinds.
 
-        Leaves the layer's slots and block copies for the forward. None if the layer has no query in this step.
+        names: of layers that share a block table. Leaves their slots and block copies for the forward. None if they
+        have no query in this step.
         """
         step = self.step
         if step is None:
@@ -96,15 +97,16 @@ class Runtime:
             place = table[request, column].to(slots.dtype) * block + offset
             slots[torch.from_numpy(moved.row).to(device)] = place.to(slots.dtype)
         if slots is not common.slot_mapping:
-            self.slots[kinds] = slots
+            self.slots |= dict.fromkeys(names, slots)
         if TEXT in kinds:
-            self.copies[kinds] = [
+            copies = [
                 tuple(
                     table[torch.from_numpy(each.request).to(device), torch.from_numpy(column).to(device)].long()
                     for column in (each.source, each.target)
                 )
                 for each in head_copies(step, kinds, block)
             ]
+            self.copies |= dict.fromkeys(names, copies)
         if not len(sequences.request):
             return None
         columns = block_columns(step.batch, sequences, block, table.shape[1])

@@ -27,6 +27,19 @@ def fits_blocks(segments: Sequence[tuple[int, int]], block: int) -> bool:
     return all(length % block == 0 for _, length in segments)
 
 
+def empty_columns(segments: Sequence[tuple[int, int]], block: int) -> list[int]:
+    """Layout B: columns of a prompt's block table that hold nothing in a TEXT layer.
+
+    The block in which an image begins holds the text before it, the one in which it ends text after it.
+    """
+    return [column for start, length in segments for column in range(-(-start // block), (start + length) // block)]
+
+
+def text_tokens(segments: Sequence[tuple[int, int]], count: int) -> int:
+    """How many of a prompt's first `count` tokens are text: as many slots does layout A fill."""
+    return count - sum(min(max(count - start, 0), length) for start, length in segments)
+
+
 def block_columns(batch: Batch, sequences: Sequences, block: int, width: int) -> np.ndarray | None:
     """int64 (sequences, width): which column of its request's block table each block of a sequence is.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,10 +17,15 @@ PLACE = {"qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>", "internvl": 
 
 
 @contextmanager
-def engine(folder: Path, plans: Path | None, **settings) -> Iterator:
-    """An engine on a checkpoint, with the plans of `plan_files` (None: without the plug-in's settings)."""
-    from vllm import LLM
+def engine(folder: Path, plans: Path | None, processes: bool = False, **settings) -> Iterator:
+    """An engine on a checkpoint, with the plans of `plan_files` (None: without the plug-in's settings).
 
+    processes: scheduler and workers in processes of their own, as vLLM has it by itself; else it starts much sooner.
+    """
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(processes))
     settings = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -30,7 +36,7 @@ def engine(folder: Path, plans: Path | None, **settings) -> Iterator:
         "max_num_seqs": 6,
         "max_logprobs": 70,
         "disable_log_stats": False,
-        "num_gpu_blocks_override": 60,
+        "num_gpu_blocks_override": 240,
     } | settings
     if plans is not None:
         others = [source for name, source in plan_files(plans).items() if name != DEFAULT]
@@ -40,6 +46,8 @@ def engine(folder: Path, plans: Path | None, **settings) -> Iterator:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
 
 
 @dataclass
@@ -86,6 +94,18 @@ def rows_entered(model) -> tuple[dict, int]:
 
 def has_its_own_forward(model) -> bool:
     return model.forward.__func__ is type(model).forward
+
+
+def read(outputs) -> list:
+    """Of each: tokens, and log-probabilities of answer and prompt."""
+
+    def numbers(entries):
+        return [each and {str(token): one.logprob for token, one in each.items()} for each in entries]
+
+    return [
+        [list(o.outputs[0].token_ids), numbers(o.outputs[0].logprobs), numbers(o.prompt_logprobs or ())]
+        for o in outputs
+    ]
 
 
 def answers(llm, asks: list[Ask]) -> list:

@@ -1,13 +1,16 @@
-"""One engine, eager, in a process of its own: plans alone and in company, chunks of 48 tokens (an image has 64), shared
+"""One engine, eager: plans alone and in company, chunks of 48 tokens (an image has 64), shared
 prefixes, several images and none, log-probabilities of prompts, and the rows that enter each layer."""
 
 import pytest
 from vllm.exceptions import VLLMValidationError
 
 from vis_sparse.eval.random_checkpoint import random_llava
+from vis_sparse.eval.tiny.words import IMAGE
 from vis_sparse.plans.schedule import schedule
+from vis_sparse.serving.step import merged_segments
+from vis_sparse.serving.tables import empty_columns
 
-from .harness import TOLERANCE, Reference, plan_files
+from .harness import TOLERANCE, Reference, farthest, plan_files
 from .running import DEFAULT, Ask, answers, engine, rows_entered, worst
 
 PLANS = ("vica", "dense", "vtw", "shortv", "vskip", "mix")
@@ -95,11 +98,61 @@ def test_an_unknown_plan_is_an_error_of_its_request(llm, against, plans):
     assert worst(llm, [Ask(1, 1, DEFAULT)], against, plans)[0] < TOLERANCE
 
 
-def test_preemption(folder, against, plans):
+def test_preemption(llm, against, plans):
     """Too few blocks for all: some requests lose theirs half way and start again."""
-    with engine(folder, plans, max_model_len=320, num_gpu_blocks_override=14, max_num_batched_tokens=160) as llm:
-        asks = [Ask(200 + i, 1 + i % 2, PLANS[i % len(PLANS)], tokens=60) for i in range(6)]
-        distance, _ = worst(llm, asks, against, plans)
-        assert distance < TOLERANCE
-        preempted = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
-        assert sum(preempted) > 0
+    before = value(llm, "vllm:num_preemptions")
+    asks = [Ask(200 + i, 3, ("dense", "vica", "mix")[i % 3], tokens=220) for i in range(6)]
+    distance, _ = worst(llm, asks, against, plans)
+    assert distance < TOLERANCE and value(llm, "vllm:num_preemptions") > before
+
+
+def test_aborts_leave_nothing(llm, against, plans):
+    """Requests that end in the middle, of their prompt too; those beside them say what they must."""
+    core, left = llm.llm_engine, {}
+    for index in range(6):
+        ask = Ask(300 + index, 1 + index % 3, PLANS[index], tokens=12)
+        core.add_request(str(index), ask.prompt, ask.params)
+        left[str(index)] = ask
+    ended, steps = [], 0
+    while left:
+        steps += 1
+        for output in core.step():
+            if output.finished:
+                ended.append((output, left.pop(output.request_id)))
+        if steps in (2, 4, 9) and left:
+            name = sorted(left)[0]
+            core.abort_request([name])
+            del left[name]
+    files = plan_files(plans)
+    assert len(ended) >= 3 and value(llm, "vllm:kv_cache_usage_perc") == 0
+    for output, ask in ended:
+        assert farthest(output, ask.pictures, against.plan(ask.plan, files), against) < TOLERANCE
+
+
+def held_in_decode(llm, plan: str) -> float:
+    """The share of all KV blocks that a request of two images (128 tokens) and some text holds behind its prompt."""
+    core, found = llm.llm_engine, []
+    ask = Ask(400, 2, plan, tokens=8)
+    core.add_request("held", ask.prompt, ask.params)
+    while core.has_unfinished_requests():
+        core.step()
+        found.append(value(llm, "vllm:kv_cache_usage_perc"))
+    return max(found)
+
+
+def test_blocks_of_visual_tokens_are_held_by_the_layers_that_read_them(llm):
+    """vica reads images in 2 of 8 layers: the other 6, three groups of 2, have no block that only visual tokens fill.
+    What other plans leave out lies in other layers, and no block is given back."""
+    ask = Ask(400, 2, "vica", tokens=8)
+    [output] = answers(llm, [ask])
+    visual = [(i, i) for i, token in enumerate(output.prompt_token_ids) if token == IMAGE]
+    assert len(visual) == 128
+    columns = -(-(len(output.prompt_token_ids) + ask.tokens - 1) // 32)
+    empty = len(empty_columns(merged_segments(visual), 32))
+    assert empty >= 2
+    held = {plan: round(held_in_decode(llm, plan) * 239) for plan in ("dense", "vica", "vtw")}  # one is the null block
+    assert held == {"dense": 4 * columns, "vtw": 4 * columns, "vica": 4 * columns - 3 * empty}
+
+
+def value(llm, name: str) -> float:
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)

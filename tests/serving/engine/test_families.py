@@ -19,7 +19,7 @@ def test_answers(family, tmp_path):
         folder = served(tmp_path / family, checkpoint(family))
     against, plans = Reference(folder), tmp_path / "plans"
     place, sizes = PLACE.get(family, "<image>"), SIZES.get(family, ((96, 96),))
-    with engine(folder, plans, max_num_batched_tokens=256, num_gpu_blocks_override=100) as llm:
+    with engine(folder, plans, max_num_batched_tokens=256, num_gpu_blocks_override=400) as llm:
         asks = [
             Ask(i, (1, 2, 0, 1)[i % 4], plan, place=place, sizes=sizes)
             for i, plan in enumerate([None, "mix", "dense", "vtw", "vica", "shortv"])
