@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Mapping
-from contextvars import ContextVar
 
 import numpy as np
 import torch
@@ -23,16 +22,13 @@ from ..executor.steps import Step, StepPacking
 from ..executor.tokens import ranking_rows
 from ..executor.transformers_internals import (
     CACHE,
-    cache_among,
     cache_layers,
     holds_lanes,
     is_fixed,
-    named_as_before,
     new_cache,
     output_of,
     set_cache_layers,
     static_columns,
-    traced_as_before,
 )
 from ..kernels import Backend
 from ..layout.layout import LayoutError, VisualLayout
@@ -40,16 +36,14 @@ from ..layout.packing import Packing, pack, text_coordinates
 from ..plans.carried import to_block
 from ..plans.measured import MeasuredPlan
 from ..plans.plan import VisualPlan
-from .arguments import Asked, added_rows, check_arguments, check_mask, host_mask, planes, unbound, wants_hidden
+from . import stand_ins
+from .arguments import Asked, added_rows, check_arguments, check_mask, host_mask, planes, wants_hidden
 from .errors import PatchError
-from .family import Family, Running, bound, prompt_ends
+from .family import Family, Running
 from .saving import save_pretrained
-from .scopes import held, hold
-from .static import AROUND_LANES, check_causal, columns_read, step
-from .wraps import blocks, check_devices, check_structure, check_text_model, check_wraps, refuse_replicas
-
-# The call of an outer model that runs in this context.
-_RUNNING: ContextVar[tuple[PatchState, Running] | None] = ContextVar("vis_sparse_running", default=None)
+from .scopes import held
+from .static import check_causal, columns_read, step
+from .wraps import blocks, check_devices, check_structure, check_wraps, refuse_replicas
 
 
 class PatchState:
@@ -95,16 +89,16 @@ class PatchState:
         self._plain_forward = self.text_model.forward
         for module in {self.outer, self.text_model}:
             module._vis_sparse = self
-        self._replace(self.text_model, "forward", _text_forward)
-        self._replace(self.text_model, "_apply", _apply)
+        self._replace(self.text_model, "forward", stand_ins.text_forward)
+        self._replace(self.text_model, "_apply", stand_ins.apply)
         self._replace(self.text_model, "_replicate_for_data_parallel", refuse_replicas)
         for name, function in self.family.methods.items():
             self._replace(self.outer, name, function)
-        self._replace(self.outer, "forward", _outer_forward)
+        self._replace(self.outer, "forward", stand_ins.outer_forward)
         if self.model is not self.outer:
-            self._replace(self.model, "forward", _labelled_forward)
+            self._replace(self.model, "forward", stand_ins.labelled_forward)
         if hasattr(self.model, "generate"):
-            self._replace(self.model, "generate", _generate)
+            self._replace(self.model, "generate", stand_ins.generate)
         for saved in {id(each): each for each in (self.model, self._whole)}.values():
             if hasattr(saved, "save_pretrained"):
                 self._replace(saved, "save_pretrained", save_pretrained)
@@ -148,7 +142,7 @@ class PatchState:
     @property
     def running(self) -> Running | None:
         """What is known of the call of the outer model that runs in this context."""
-        running = _RUNNING.get()
+        running = stand_ins.RUNNING.get()
         return running[1] if running is not None and running[0] is self else None
 
     def layout_of(
@@ -358,93 +352,3 @@ class PatchState:
 @torch.compiler.disable
 def _run_eagerly(executor, *args):
     return executor.run(*args)
-
-
-# What stands in the model's places. Each takes the state and what stood there before.
-
-
-def _text_forward(state: PatchState, plain, *args, **kwargs):
-    # a compiler may look into a decode step on a static cache, into nothing else
-    if _is_traced_step(kwargs):
-        return state.forward(*args, **traced_as_before(kwargs))
-    return _text_around_lanes(state, *args, **kwargs)
-
-
-def _is_traced_step(kwargs: dict) -> bool:
-    return torch.compiler.is_compiling() and is_fixed(cache_among(kwargs))
-
-
-@torch.compiler.disable(recursive=False, reason=AROUND_LANES)
-def _text_around_lanes(state: PatchState, *args, **kwargs):
-    return state.forward(*args, **named_as_before(kwargs))
-
-
-def _outer_forward(state: PatchState, plain, *args, **kwargs):
-    if _is_traced_step(kwargs):
-        return plain(*args, **kwargs)
-    return _outer_around_lanes(state, plain, *args, **kwargs)
-
-
-@torch.compiler.disable(recursive=False, reason=AROUND_LANES)
-def _outer_around_lanes(state: PatchState, plain, *args, **kwargs):
-    """The outer model's forward, within which its layout is known."""
-    args, running = unbound(state.outer, args), Running()
-    check_text_model(state.outer, state.family.text_model(state.outer), state.text_model)
-    token = _RUNNING.set((state, running))
-    try:
-        running.layout = _read_layout(state, args, kwargs)
-        return plain(*args, **kwargs)
-    finally:
-        _RUNNING.reset(token)
-
-
-@torch.compiler.disable
-def _read_layout(state: PatchState, args, kwargs) -> VisualLayout | None:
-    arguments = bound(type(state.outer).forward, state.outer, args, kwargs)
-    past = cache_among(arguments)
-    return state.family.read_layout(state.outer, arguments, 0 if past is None else past.get_seq_length())
-
-
-def _labelled_forward(state: PatchState, plain, *args, **kwargs):
-    if _is_traced_step(kwargs):
-        return plain(*args, **kwargs)
-    return _labelled_around_lanes(state, plain, *args, **kwargs)
-
-
-@torch.compiler.disable(recursive=False, reason=AROUND_LANES)
-def _labelled_around_lanes(state: PatchState, plain, *args, **kwargs):
-    """The whole model's forward: labels tell where the prompt ends."""
-    args = unbound(state.model, args)
-    if not any(executor.ranks_by_text for executor in state.executors.values()):
-        return plain(*args, **kwargs)
-    arguments = bound(type(state.model).forward, state.model, args, kwargs)
-    labels, past = arguments.get("labels"), cache_among(arguments)
-    if labels is None:
-        return plain(*args, **kwargs)
-    with hold(state.text_model, "prompt_ends", prompt_ends(labels) + (0 if past is None else past.get_seq_length())):
-        return plain(*args, **kwargs)
-
-
-def _generate(state: PatchState, plain, *args, vis_sparse_plan: str | None = None, **kwargs):
-    """The model's `generate`, under a plan if one is named, with the prompt's length known to all its calls."""
-    given = (*(kwargs.get(name) for name in ("inputs_embeds", "input_ids", "inputs")), *args[:1])
-    prompt = next((each for each in given if isinstance(each, torch.Tensor)), None)
-    if vis_sparse_plan is not None and vis_sparse_plan not in state.plans:
-        raise PatchError(
-            f"vis_sparse_plan: got {vis_sparse_plan!r}, expected one of {', '.join(state.plans)}, those given to patch"
-        )
-    asked = held(state.text_model, "plan") if vis_sparse_plan is None else vis_sparse_plan
-    # where the outer model splices features in, its columns are known later, and noted then
-    spliced = state.model is state.outer or prompt is None
-    generating = Running(prompt_ends=None if spliced else np.array([prompt.shape[1]]))
-    with hold(state.text_model, "plan", asked), hold(state.text_model, "generating", generating):
-        return plain(*args, **kwargs)
-
-
-def _apply(state: PatchState, plain, *args, **kwargs):
-    """`to`, `half`, `cuda`, ... of the text model: copies of the old weights go at once."""
-    try:
-        return plain(*args, **kwargs)
-    finally:
-        for executor in state.executors.values():
-            executor.kept_cuts.forget()
