@@ -99,9 +99,10 @@ def generate(state, plain, *args, vis_sparse_plan: str | None = None, **kwargs):
 
 
 def apply(state, plain, *args, **kwargs):
-    """`to`, `half`, `cuda`, ... of the text model: copies of the old weights go at once."""
+    """`to`, `half`, `cuda`, ... of the text model: copies of the old weights go at once, and what was recorded."""
     try:
         return plain(*args, **kwargs)
     finally:
         for executor in state.executors.values():
             executor.kept_cuts.forget()
+        state.forget_graphs()

@@ -13,11 +13,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..executor.bound import Bound
 from ..executor.cache import LaneCacheLayer
 from ..executor.call import Call
 from ..executor.decoder import Decoder
 from ..executor.kept_calls import KeptCalls
 from ..executor.lanes import LaneExecutor
+from ..executor.recorded import may_replay
+from ..executor.step_graphs import StepGraphs
 from ..executor.steps import Step, StepPacking
 from ..executor.tokens import ranking_rows
 from ..executor.transformers_internals import (
@@ -50,7 +53,7 @@ class PatchState:
     """Lives on the outer and the text model as `_vis_sparse`, from `install` to `remove`.
 
     plans: by name, heads resolved; the first is the one that calls run under which name none. whole: the model, or
-    PEFT's wrapper that was given to `patch` with it inside.
+    PEFT's wrapper that was given to `patch` with it inside. graphs: whether calls are recorded and run as graphs.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class PatchState:
         plans: Mapping[str, VisualPlan],
         backend: Backend,
         whole: nn.Module,
+        graphs: bool = False,
     ):
         self.family, self.model, self.backend, self._whole = family, model, backend, whole
         self.outer = family.outer_model(model)
@@ -68,6 +72,7 @@ class PatchState:
         self.plans = dict(plans)
         self._sizes = decoder.num_heads, decoder.ffn_size
         self.executors = {name: LaneExecutor(decoder, plan, backend) for name, plan in plans.items()}
+        self.step_graphs = {name: StepGraphs(executor) for name, executor in self.executors.items() if graphs}
         self.default = next(iter(plans))
         self.measured: MeasuredPlan | None = None  # by which "auto" was chosen
         # plan and tables of the last call that ran in lanes, and of the last whole prompt among them: to look at
@@ -75,7 +80,7 @@ class PatchState:
         self.last_prompt: tuple[str, Packing] | None = None
         self._blocks = blocks(self.text_model)
         self.kept_calls = KeptCalls()
-        self._warned = False
+        self._warned = self._said = False
 
     @property
     def block(self) -> dict:
@@ -119,6 +124,11 @@ class PatchState:
             else:
                 setattr(module, name, previous)
         self._replaced = []
+        self.forget_graphs()
+
+    def forget_graphs(self) -> None:
+        for graphs in self.step_graphs.values():
+            graphs.forget()
 
     # The plan and the layout of a call
 
@@ -265,27 +275,53 @@ class PatchState:
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = new_cache(config)
-        call, layers = self._call(asked, past_key_values, inputs_embeds.device)
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
-        position_ids = planes(config, position_ids)
-        cos, sin = self.text_model.rotary_emb(inputs_embeds, position_ids=position_ids)
+        cos, sin = self.text_model.rotary_emb(inputs_embeds, position_ids=planes(config, position_ids))
         collected = [] if wants_hidden(config, kwargs) else None
         added = added_rows(kwargs.get("deepstack_visual_embeds"), layout, inputs_embeds)
-        # the first run of a call builds the tables that its backend needs, which no compiler should look into
-        run = LaneExecutor.run if call.has_run else _run_eagerly
-        hidden = run(executor, inputs_embeds, cos, sin, call, layers, collected, added, asked.bound)
-        call.has_run = asked.is_step or not executor.drops  # where tokens leave, a call has tables of its own
+        if asked.is_step and collected is None and self._replays(asked.bound, inputs_embeds.device):
+            layers, inputs = cache_layers(past_key_values), (inputs_embeds, cos, sin)
+            hidden = self.step_graphs[name].step(layers, asked.bound, inputs, asked.mask)
+            packing = StepPacking(layout, past, batch)
+        else:
+            hidden, packing = self._in_lanes(asked, past_key_values, inputs_embeds, cos, sin, collected, added)
         hidden = self.text_model.norm(hidden)
-        if asked.capacity is not None:
-            for layer in layers:
-                layer.fix(asked.capacity)
-        self.last = name, call.packing
+        self.last = name, packing
         if layout.segments and not past:
             self.last_prompt = self.last
         collected = None if collected is None else (*collected, hidden)
         output = output_of(hidden, past_key_values, collected)
         return output.to_tuple() if kwargs.get("return_dict") is False else output
+
+    def _replays(self, bound: Bound, device: torch.device) -> bool:
+        """Whether a call on a device may run as a graph."""
+        if not self.step_graphs or not may_replay(device):
+            return False
+        if not bound.is_recordable and not self._said:
+            self._said = True
+            warnings.warn(
+                "vis_sparse: graphs=True: got decoder layers with modules that a graph cannot stand for (hooks, "
+                "adapters, quantised or offloaded weights, other norms): calls run one operation after the other",
+                stacklevel=4,
+            )
+        return bound.is_recordable
+
+    @torch.compiler.disable(recursive=False)
+    def _in_lanes(self, asked: Asked, cache, embeds, cos, sin, collected: list | None, added):
+        """The decoder on a call, operation by operation: hidden states, and what to look at."""
+        executor = self.executors[asked.name]
+        for layer in cache_layers(cache) if holds_lanes(cache) else ():
+            layer.leave()
+        call, layers = self._call(asked, cache, embeds.device)
+        # the first run of a call builds the tables that its backend needs, which no compiler should look into
+        run = LaneExecutor.run if call.has_run else _run_eagerly
+        hidden = run(executor, embeds, cos, sin, call, layers, collected, added, asked.bound)
+        call.has_run = asked.is_step or not executor.drops  # where tokens leave, a call has tables of its own
+        if asked.capacity is not None:
+            for layer in layers:
+                layer.fix(asked.capacity)
+        return hidden, call.packing
 
     def _takes_step(self, cache) -> bool:
         """Whether a call of one column on a static cache is a decode step, told without a look at how full it is."""
