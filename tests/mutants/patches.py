@@ -5,7 +5,7 @@ from .mutant import dense, mutants, oracle
 STATE, SCOPES, ARGUMENTS = "patches/state.py", "patches/scopes.py", "patches/arguments.py"
 DECODER, VERIFY, FAMILY = "patches/decoder.py", "patches/verify.py", "patches/family.py"
 PLACEHOLDERS, ORIGINAL = "patches/placeholders.py", "patches/original_llava.py"
-WRAPS = "patches/wraps.py"
+WRAPS, STAND_INS = "patches/wraps.py", "patches/stand_ins.py"
 
 CALLS = "patches/test_calls.py"
 ORIGINAL_TESTS = "patches/test_original_llava.py::test_dense_plan_is_the_unpatched_model"
@@ -13,8 +13,8 @@ ORIGINAL_TESTS = "patches/test_original_llava.py::test_dense_plan_is_the_unpatch
 MUTANTS = mutants((
     # A call's own
     (
-        "layout never reset", STATE,
-        "        _RUNNING.reset(token)",
+        "layout never reset", STAND_INS,
+        "        RUNNING.reset(token)",
         "        pass",
         "patches/test_state.py::test_a_layout_ends_with_its_call",
     ),
@@ -103,7 +103,7 @@ MUTANTS = mutants((
         "executor/test_kept_cuts.py::test_no_change_of_weights_is_missed[by_data]",
     ),
     (
-        "old storages stay after a conversion", STATE,
+        "old storages stay after a conversion", STAND_INS,
         "        for executor in state.executors.values():\n            executor.kept_cuts.forget()\n",
         "        pass\n",
         "executor/test_kept_cuts.py::test_old_storages_are_released",
@@ -127,19 +127,19 @@ MUTANTS = mutants((
         "patches/test_state.py::test_prompt_lengths_follow_repeated_samples",
     ),
     (
-        "labels of a later call counted from the start", STATE,
+        "labels of a later call counted from the start", STAND_INS,
         "prompt_ends(labels) + (0 if past is None else past.get_seq_length())",
         "prompt_ends(labels)",
         "patches/test_state.py::test_labels_behind_a_cache",
     ),
     (
-        "images of a second turn placed in the first", STATE,
+        "images of a second turn placed in the first", STAND_INS,
         "return state.family.read_layout(state.outer, arguments, 0 if past is None else past.get_seq_length())",
         "return state.family.read_layout(state.outer, arguments, 0)",
         "executor/test_tokens.py::test_two_turns",
     ),
     (
-        "drafts choose tokens", STATE,
+        "drafts choose tokens", STAND_INS,
         "generating = Running(prompt_ends=None if spliced else np.array([prompt.shape[1]]))",
         "generating = Running()",
         "executor/test_prompt_ends.py::test_assisted_decoding_is_greedy_decoding",

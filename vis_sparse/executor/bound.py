@@ -18,14 +18,16 @@ from .rows import add_rows
 from .weights import CutLinear, is_plain, is_small, listens, product, select
 
 Function = Callable[[torch.Tensor], torch.Tensor]
+_LINEAR = ("query", "key", "value", "output", "gate", "up", "down")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class BoundLayer:
     """One layer's parts, each a function of rows, under its name in `DecoderLayer.parts`, and its cuts.
 
-    linears: query, key and value where all three are plain (`weights.is_plain`): (their `_parameters`, their outputs of
-    a fused layer or None); else None.
+    is_recordable: whether all that they do is what weights say, so that a recording may stand for them. linears: query,
+    key and value where all three are plain (`weights.is_plain`): (their `_parameters`, their outputs of a fused layer
+    or None); else None.
     """
 
     def __init__(self, layer, cuts: dict[str, CutLinear]):
@@ -37,6 +39,9 @@ class BoundLayer:
             plain = all(map(is_plain, modules_of))
             call = Product(cut.tensors(modules_of)) if plain else Called(cut.whole(modules_of))
             setattr(self, name, call)
+        self.is_recordable = all(
+            is_plain(module) or part not in _LINEAR and _is_plain_function(module) for part, module in modules.items()
+        )
         names = ("query", "key", "value")
         whole = all(is_plain(modules[name]) for name in names)
         self.linears = [(modules[name]._parameters, layer.fused.get(name)) for name in names] if whole else None
@@ -107,6 +112,13 @@ def _rms(module: nn.Module, eps: str) -> Function:
     return call
 
 
+def _is_plain_function(module) -> bool:
+    """A norm or an activation that is a function of its input, its own weights and numbers, and nothing else."""
+    if not isinstance(module, nn.Module) or listens(vars(module)) or module._buffers or module._modules:
+        return False
+    return type(module).__module__.startswith(("torch.nn.", "transformers."))
+
+
 class Bound:
     """Layers as they were bound, and whether that still holds. checked: what callers found right while it did."""
 
@@ -127,6 +139,19 @@ class Bound:
         self._replaced = self._with_own_functions()
         self._parameters = [held["_parameters"] for held in self._held]
         self._kinds = self._kinds_of_weights()
+        numbers = [(held, name) for held in self._held for name in held if type(held[name]) in (int, float, bool)]
+        self._numbers = [held for held, _ in numbers], [name for _, name in numbers]
+
+    @property
+    def is_recordable(self) -> bool:
+        return all(layer.is_recordable for layer in self.layers)
+
+    def places(self) -> tuple[list, ...]:
+        """Where and how weights lie, and the modules' numbers (epsilons): what a recording goes by, beside `holds`."""
+        weights = [weight for held in self._parameters for weight in held.values() if weight is not None]
+        kinds = [weight.dtype for weight in weights]
+        strides, numbers = list(map(torch.Tensor.stride, weights)), list(map(dict.get, *self._numbers))
+        return list(map(torch.Tensor.data_ptr, weights)), kinds, strides, numbers
 
     def holds(self) -> bool:
         """Whether every part is run now as it was when it was bound."""

@@ -7,6 +7,9 @@ and kept once, in the `Book`.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import torch
 
@@ -31,8 +34,12 @@ class Book:
         self.is_uniform = True  # no padding, and all samples hold the same columns
         self._steps: Steps | None = None
         self.fixed: FixedSteps | None = None  # while steps are the same for every length
+        self.lease: Lease | None = None  # while steps are run by a recording
         # what is not entered yet: steps as (column, which samples are not padding or None for all), and samples kept
         self._pending: list[tuple[int, torch.Tensor | None] | torch.Tensor] = []
+
+    def __getstate__(self):
+        return {**vars(self), "lease": None}  # of one cache alone
 
     @property
     def slots(self) -> Coordinates:
@@ -69,6 +76,12 @@ class Book:
         self.length += 1
         return step
 
+    def count_step(self, own: torch.Tensor | None) -> None:
+        """Enter a step whose tables are not the book's own. own: as for `step`."""
+        self._pending.append((self.length, own))
+        self.length += 1
+        self._steps = None
+
     def _enter_step(self, column: int, real: torch.Tensor | None) -> None:
         sample = np.arange(len(self._slots.sample))[:, None]
         valid = np.ones(sample.shape, dtype=bool) if real is None else real.bool().cpu().numpy()[:, None]
@@ -76,7 +89,7 @@ class Book:
 
     def fix(self, capacity: int, device: torch.device) -> None:
         """From here on only decode steps come, up to `capacity` columns, until `thaw`."""
-        self.fixed = FixedSteps(self.slots, self.length, device, capacity)
+        self.fixed = FixedSteps.after(self.slots, self.length, capacity, device)
 
     def thaw(self) -> None:
         """Enter the steps that were made since `fix`, as text of all samples: the one look at the device."""
@@ -97,8 +110,9 @@ class Book:
     def select(self, samples: torch.Tensor) -> None:
         """Keep the given samples, in that order (samples may repeat)."""
         self._pending.append(samples)
-        if self.fixed is not None:
-            self.fixed.select(samples.to(self.fixed.device))
+        for tables in (self.fixed, None if self.lease is None else self.lease.tables_of(self)):
+            if tables is not None:
+                tables.select(samples.to(tables.device))
         if self._steps is not None:
             self._steps.select(samples)
 
@@ -189,12 +203,22 @@ class Store:
 class FixedStore:
     """A store of one size, whose next slot only the device knows. at: (1,) int64."""
 
-    def __init__(self, store: Store, capacity: int, at: torch.Tensor):
+    def __init__(self, buffer: torch.Tensor, at: torch.Tensor):
+        self.buffer, self.at = buffer, at
+
+    @classmethod
+    def of(cls, store: Store, capacity: int, at: torch.Tensor) -> FixedStore:
         used = store.used
-        with torch.inference_mode(False):  # zeros: unused slots have no weight, but NaN would count for all that
-            self.buffer = used.new_zeros(used.shape[0], capacity, *used.shape[2:])
-        self.buffer[:, : store.length] = used
-        self.at = at
+        with torch.inference_mode(False):
+            buffer = used.new_empty(used.shape[0], capacity, *used.shape[2:])
+        fixed = cls(buffer, at)
+        fixed.load(store)
+        return fixed
+
+    def load(self, store: Store) -> None:
+        """Take over what another store holds."""
+        self.buffer[:, : store.length] = store.used
+        self.buffer[:, store.length :] = 0  # unused slots have no weight, but NaN would count for all that
 
     def append(self, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the next slot; returns all keys and values, room and all."""
@@ -214,8 +238,15 @@ class FixedStore:
         self.buffer.copy_(change(self.buffer))
 
     def thawed(self, length: int) -> Store:
+        """Its first slots as a store that grows, which takes the buffer over."""
         store = Store()
         store.buffer, store.length = self.buffer, length
+        return store
+
+    def copied(self, length: int) -> Store:
+        """Its first slots as a store that grows."""
+        store = Store()
+        store.buffer, store.length = self.buffer[:, :length].clone(), length
         return store
 
 
@@ -223,6 +254,31 @@ def halves(kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V that lie side by side as heads, (batch, slots, 2 x heads, head_dim)."""
     heads = kv.shape[2] // 2
     return kv[:, :, :heads], kv[:, :, heads:]
+
+
+class Lease:
+    """A recording of decode steps that a cache has borrowed: its layers stand on the recording's stores and tables.
+
+    graph: the recording. places: its stores and tables, for each layer. left: steps there is room for. It ends when
+    nothing holds it any more: it knows the layers, and their books alone hold on to it.
+    """
+
+    def __init__(self, graph, cache_layers: Sequence[LaneCacheLayer], places: Iterable, left: int):
+        self.graph, self.left = graph, left
+        self._layers = [weakref.ref(layer) for layer in cache_layers]
+        self._tables: dict[int, FixedSteps] = {}
+        for layer, (stores, tables) in zip(cache_layers, places):
+            layer.move_to(stores)
+            self._tables[id(layer.book)] = tables
+            layer.book.lease = self
+
+    def tables_of(self, book: Book) -> FixedSteps:
+        return self._tables[id(book)]
+
+    def end(self) -> None:
+        """Back to stores of the cache's own."""
+        for layer in filter(None, (known() for known in self._layers)):
+            layer.move_back()
 
 
 class LaneCacheLayer(LaneLayerBase):
@@ -245,7 +301,7 @@ class LaneCacheLayer(LaneLayerBase):
             self.book.fix(capacity, device)
         fixed = self.book.fixed
         self.seen, self.rest = (
-            store if store.buffer is None else FixedStore(store, columns.shape[1], at)
+            store if store.buffer is None else FixedStore.of(store, columns.shape[1], at)
             for store, columns, at in zip((self.seen, self.rest), fixed.columns, fixed.at)
         )
 
@@ -257,6 +313,33 @@ class LaneCacheLayer(LaneLayerBase):
             store.thawed(length) if isinstance(store, FixedStore) else store
             for store, length in zip((self.seen, self.rest), self.book.stored)
         )
+
+    def __getstate__(self):
+        return vars(self) if self.book.lease is None else {**vars(self), **self._own_stores()}
+
+    def _own_stores(self) -> dict[str, Store]:
+        """Copies of what a recording's stores hold."""
+        named = zip(("seen", "rest"), self.book.stored)
+        stores = ((name, length, getattr(self, name)) for name, length in named)
+        return {name: store.copied(length) for name, length, store in stores if isinstance(store, FixedStore)}
+
+    def move_to(self, stores: Sequence[FixedStore | None]) -> None:
+        """Into the stores of a recording, None for one that is empty."""
+        for name, store in zip(("seen", "rest"), stores):
+            if store is not None:
+                store.load(getattr(self, name))
+                setattr(self, name, store)
+
+    def move_back(self) -> None:
+        """Out of the stores of a recording."""
+        for name, store in self._own_stores().items():
+            setattr(self, name, store)
+        self.book.lease = None
+
+    def leave(self) -> None:
+        """Before anything but a decode step: give back a recording that is borrowed."""
+        if self.book.lease is not None:
+            self.book.lease.end()
 
     @property
     def kv_bytes(self) -> int:
@@ -286,6 +369,8 @@ class LaneCacheLayer(LaneLayerBase):
         self._select(torch.arange(batch).repeat_interleave(repeats))
 
     def _select(self, samples: torch.Tensor) -> None:
+        if self.book.lease is not None and len(samples) != self.book.lease.graph.shape.batch:
+            self.leave()
         if self.leads:
             self.book.select(samples)
         for store in (self.seen, self.rest):
@@ -295,6 +380,7 @@ class LaneCacheLayer(LaneLayerBase):
         """Remove the last `-tokens_to_remove` columns (a positive value, the older form, is the length to keep)."""
         if self.book.fixed is not None:
             raise NotImplementedError("crop: got a static cache, expected a dynamic one")
+        self.leave()
         tokens_to_remove = int(tokens_to_remove)  # a 0-d tensor where drafts are rejected
         if self.leads:
             length = self.book.length
@@ -304,6 +390,7 @@ class LaneCacheLayer(LaneLayerBase):
         self.rest.crop(rest)
 
     def reset(self) -> None:
+        self.leave()
         if self.leads:
             self.book.__init__(len(self.book.slots.sample), self.book.plan)
         self.seen, self.rest = Store(), Store()

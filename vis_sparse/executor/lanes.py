@@ -62,14 +62,16 @@ class LaneExecutor:
         if self.ranks_by_text:
             check_text_follows(packing, ranks)
 
+    def books(self) -> list[int]:
+        """For each layer the number of its book: layers between which no token leaves hold the same tokens."""
+        leaves = [lane.work.tokens is not None for lane in self.layers[:-1]]
+        return [sum(leaves[:index]) for index in range(len(self.layers))]
+
     def new_cache_layers(self, batch: int) -> list[LaneCacheLayer]:
-        """Layers between which no token leaves hold the same tokens, and share a book."""
-        layers, leads = [], True
-        for lane in self.layers:
-            book = Book(batch, self.plan) if leads else layers[-1].book
-            layers.append(LaneCacheLayer(book, leads))
-            leads = lane.work.tokens is not None
-        return layers
+        numbers = self.books()
+        books = [Book(batch, self.plan) for _ in range(numbers[-1] + 1)]
+        leads = [index == 0 or numbers[index - 1] != number for index, number in enumerate(numbers)]
+        return [LaneCacheLayer(books[number], first) for number, first in zip(numbers, leads)]
 
     def step(self, cache_layers, mask: torch.Tensor | None, device: torch.device) -> Step:
         """The tables of a decode step on filled cache layers, whose slots are added to their books.
@@ -78,12 +80,12 @@ class LaneExecutor:
         """
         mask = mask_of_step(mask, device)
         own = None if mask is None else mask[:, -1].clone()
-        return _linked([layer.book.step(mask, own, device) for layer in cache_layers if layer.leads])
+        return linked([layer.book.step(mask, own, device) for layer in cache_layers if layer.leads])
 
     def fixed_step(self, cache_layers, mask: torch.Tensor | None) -> Step:
         """As `step`, on layers of one size (`LaneCacheLayer.fix`); to be advanced after it. mask: on their device."""
         mask = None if mask is None else mask.bool()
-        return _linked([layer.book.fixed.next(mask) for layer in cache_layers if layer.leads])
+        return linked([layer.book.fixed.next(mask) for layer in cache_layers if layer.leads])
 
     def adopt(self, keys_values: Sequence[tuple[torch.Tensor, torch.Tensor]], cache_layers) -> None:
         """Fill new cache layers from a plain cache of text tokens.
@@ -151,7 +153,8 @@ class LaneExecutor:
         return choose(budget, index, call.in_sequence.visual, None if scores is None else on_host(scores))
 
 
-def _linked(steps: list[Step]) -> Step:
+def linked(steps: list[Step]) -> Step:
+    """The tables of one step, those behind layers after which tokens left linked to those before."""
     for before, behind in zip(steps, steps[1:]):
         before.following = behind
     return steps[0]

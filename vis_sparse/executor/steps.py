@@ -6,24 +6,25 @@ a slice hides (`Steps`) or causality (`FixedSteps`). What is padding is asked of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ..kernels.patterns import HeadsMask, Mask, StepMask, StepPattern
+from ..kernels.patterns import BlindHeads, StepBlindHeads, StepMask, StepPattern
 from ..layout.layout import VisualLayout
 from ..layout.packing import Coordinates, on_device
 
 
-class _Tables:
-    """Tables of the steps that follow the slots of a book, with room for columns up to `end`.
+class Steps:
+    """Tables of steps whose number the host knows: those that follow the slots of a book, with room for more columns.
 
     slots: coordinates of (batch, slots). length: columns of the sequence so far. Pairs are of the `seen` stores and of
     the `rest` stores: `columns` and `valid` (batch, or 1 if all samples hold the same, slots), `taken` slots in use.
     """
 
-    def __init__(self, slots: Coordinates, length: int, device: torch.device, end: int):
+    def __init__(self, slots: Coordinates, length: int, device: torch.device):
         self.batch, self.length, self.device = len(slots.sample), length, device
         visual = slots.is_visual.any(0)
         self.taken = [len(visual), int((~visual).sum())]
@@ -35,12 +36,12 @@ class _Tables:
             [on_device(table, device), on_device(table[:, ~visual], device)] for table in (column, rows.valid)
         )
         self.is_visual = on_device(visual, device)
-        self._shown: dict[tuple[bool, ...], Mask] = {}
+        self._blind: dict[tuple[bool, ...], BlindHeads] = {}
         self.end = length
-        self.make_room(end)
+        self._make_room(_with_room(length))
 
     @torch.inference_mode(False)  # they outlive the call
-    def make_room(self, end: int) -> None:
+    def _make_room(self, end: int) -> None:
         ahead = torch.arange(self.end, end, device=self.device)
         self.end = end
         rows = [ahead.expand(len(table), -1) for table in self.columns]
@@ -48,28 +49,13 @@ class _Tables:
         real = [torch.ones_like(more, dtype=torch.bool) for more in rows]
         self.valid = [torch.cat(pair, 1) for pair in zip(self.valid, real)]
         self.is_visual = torch.cat([self.is_visual, torch.zeros_like(ahead, dtype=torch.bool)])
-        self._shown.clear()
-
-    def shown(self, blind: tuple[bool, ...]) -> Mask:
-        """(1, heads, 1, slots with room): what blind heads may read."""
-        if blind not in self._shown:
-            heads = on_device(np.array(blind), self.device)
-            with torch.inference_mode(False):
-                self._shown[blind] = Mask(~(heads[:, None] & self.is_visual)[None, :, None])
-        return self._shown[blind]
-
-
-class Steps(_Tables):
-    """Tables of steps whose number the host knows."""
-
-    def __init__(self, slots: Coordinates, length: int, device: torch.device):
-        super().__init__(slots, length, device, _with_room(length))
+        self._blind.clear()
 
     def next(self, mask: torch.Tensor | None) -> Step:
         """The next step. mask: (batch, columns with the step's own) bool on the device, False = padding."""
         past, self.length = self.length, self.length + 1
         if self.length > self.end:
-            self.make_room(_with_room(self.length))
+            self._make_room(_with_room(self.length))
         self.taken = [taken + 1 for taken in self.taken]
         return Step(self, self.taken, mask, StepPacking(VisualLayout(self.batch), past, self.batch))
 
@@ -81,6 +67,14 @@ class Steps(_Tables):
         read = mask.gather(1, self.columns[place][:, :taken].expand(self.batch, -1))
         return read if valid is None else read & valid
 
+    def blind(self, heads: tuple[bool, ...]) -> BlindHeads:
+        if heads not in self._blind:
+            self._blind[heads] = BlindHeads(on_device(np.array(heads), self.device), self.is_visual)
+        return self._blind[heads]
+
+    def last(self, place: int) -> None:
+        """Every slot that a step is given is in use."""
+
     def select(self, samples: torch.Tensor) -> None:
         """Keep the given samples, in that order."""
         self.batch = len(samples)
@@ -91,33 +85,66 @@ class Steps(_Tables):
             )
 
 
-class FixedSteps(_Tables):
+class FixedSteps:
     """Tables of steps whose number only the device knows: every step has the same shapes and runs the same operations.
 
-    capacity: columns there is room for. column, at: int64, the next step's column (a number), and its slots in the
-    stores, (1,) each.
+    Pairs are of the `seen` stores and of the `rest` stores. columns, valid: (batch, width of the store). at: (1,)
+    int64, the next step's slot. is_visual: (width of the `seen` stores,). column: int64, the next step's column.
+    capacity: columns there is room for.
     """
 
-    def __init__(self, slots: Coordinates, length: int, device: torch.device, capacity: int):
-        super().__init__(slots, length, device, capacity)
-        self.capacity = capacity
-        with torch.inference_mode(False):
-            self.column = torch.tensor(length, device=device)
-            self.at = [torch.tensor([taken], device=device) for taken in self.taken]
+    def __init__(self, batch: int, widths: Sequence[int], capacity: int, device: torch.device):
+        self.batch, self.capacity, self.device = batch, capacity, device
+        with torch.inference_mode(False):  # they outlive the call
+            self.columns = [torch.zeros(batch, width, dtype=torch.long, device=device) for width in widths]
+            self.valid = [torch.zeros(batch, width, dtype=torch.bool, device=device) for width in widths]
+            self.is_visual = torch.zeros(widths[0], dtype=torch.bool, device=device)
+            self.column = torch.zeros((), dtype=torch.long, device=device)
+            self.at = [torch.zeros(1, dtype=torch.long, device=device) for _ in widths]
+        self._heads: dict[tuple[bool, ...], torch.Tensor] = {}
+
+    @classmethod
+    def after(cls, slots: Coordinates, length: int, capacity: int, device: torch.device) -> FixedSteps:
+        """Steps that follow the slots of a book, (batch, slots), up to `capacity` columns."""
+        room = capacity - length
+        visual = slots.is_visual.any(0)
+        fixed = cls(len(slots.sample), (len(visual) + room, int((~visual).sum()) + room), capacity, device)
+        fixed.load(slots, length)
+        return fixed
+
+    def load(self, slots: Coordinates, length: int) -> None:
+        """Go on behind the slots of a book, (batch, slots), which hold `length` columns."""
+        visual = slots.is_visual.any(0)
+        self.is_visual.zero_()
+        self.is_visual[: len(visual)] = on_device(visual, self.device)
+        for place, own in enumerate((slots, slots.take(np.s_[:, ~visual]))):
+            taken, width = own.column.shape[1], self.columns[place].shape[1]
+            ahead = np.broadcast_to(length + np.arange(width - taken), (self.batch, width - taken))
+            columns = np.concatenate([np.where(own.valid, own.column, 0), ahead], 1)
+            valid = np.concatenate([own.valid, np.ones(ahead.shape, dtype=bool)], 1)
+            self.columns[place].copy_(on_device(columns, self.device))
+            self.valid[place].copy_(on_device(valid, self.device))
+            self.at[place].fill_(taken)
+        self.column.fill_(length)
 
     def next(self, mask: torch.Tensor | None) -> Step:
         """The next step. mask: (batch, columns, the step's own among them) bool on the device, False = padding."""
         return Step(self, [table.shape[1] for table in self.columns], mask)
 
     def allowed(self, place: int, taken: int, mask: torch.Tensor | None) -> torch.Tensor:
-        """(batch or 1, slots with room) bool: the slots of a place that the step reads."""
+        """(batch, width) bool: the slots of a place that the step reads."""
         columns = self.columns[place]
-        read = columns <= self.column
-        if not self.is_whole:
-            read = read & self.valid[place]
-        if mask is None:
-            return read
-        return read & mask.gather(1, columns.clamp(max=mask.shape[1] - 1).expand(self.batch, -1))
+        read = (columns <= self.column) & self.valid[place]
+        return read if mask is None else read & mask.gather(1, columns.clamp(max=mask.shape[1] - 1))
+
+    def blind(self, heads: tuple[bool, ...]) -> BlindHeads:
+        if heads not in self._heads:
+            self._heads[heads] = on_device(np.array(heads), self.device)
+        return StepBlindHeads(self._heads[heads], self.is_visual)
+
+    def last(self, place: int) -> torch.Tensor:
+        """(1,) the last slot in use."""
+        return self.at[place]
 
     def advance(self) -> None:
         """Go on to the step behind the one that ran."""
@@ -126,9 +153,8 @@ class FixedSteps(_Tables):
 
     def select(self, samples: torch.Tensor) -> None:
         """Keep as many samples, in the given order."""
-        if not self.is_shared:
-            for table in (*self.columns, *self.valid):
-                table.copy_(table.index_select(0, samples))
+        for table in (*self.columns, *self.valid):
+            table.copy_(table.index_select(0, samples))
 
 
 def _with_room(length: int) -> int:
@@ -184,12 +210,10 @@ class Step:
     def text_pattern(self, seen: bool, blind: tuple[bool, ...] | None = None) -> StepPattern:
         if (seen, blind) not in self._patterns:
             place = 0 if seen else 1
-            slots = self._slots[place]
+            slots, tables = self._slots[place], self._tables
             if place not in self._read:
-                allowed = self._tables.allowed(place, slots, self._mask)
+                allowed = tables.allowed(place, slots, self._mask)
                 self._read[place] = None if allowed is None else StepMask(allowed[:, None, None])
-            mask = self._read[place]
-            if blind is not None:
-                mask = HeadsMask(mask, self._tables.shown(blind), slots)
-            self._patterns[seen, blind] = StepPattern(mask)
+            hidden = None if blind is None else tables.blind(blind)
+            self._patterns[seen, blind] = StepPattern(slots, self._read[place], hidden, tables.last(place))
         return self._patterns[seen, blind]

@@ -121,33 +121,64 @@ class StepMask(Mask):
         return self._bias[dtype]
 
 
-class HeadsMask:
-    """What the heads of a layer read of the slots that a step reads.
+class BlindHeads:
+    """Heads that may not read visual keys in steps, kept over steps, and so is what is made of it.
 
-    read: (batch or 1, 1, 1, slots), None for all. shown: (1, heads, 1, at least as many slots), what blind heads may
-    read; it is kept over steps, and so is what is made of it.
+    heads: (heads,) bool. is_visual: (at least as many slots as a step reads,) bool.
     """
 
-    def __init__(self, read: Mask | None, shown: Mask, slots: int):
-        self._read, self._shown, self._slots = read, shown, slots
+    def __init__(self, heads: torch.Tensor, is_visual: torch.Tensor):
+        self.heads, self.is_visual = heads, is_visual
+        self._shown: Mask | None = None
+
+    @property
+    def shown(self) -> Mask:
+        """(1, heads, 1, slots): what each head may read."""
+        if self._shown is None:
+            with torch.inference_mode(False):
+                self._shown = Mask(~(self.heads[:, None] & self.is_visual)[None, :, None])
+        return self._shown
+
+
+class StepBlindHeads(BlindHeads):
+    """A step's own: what is made of them does not outlive it."""
+
+    @property
+    def shown(self) -> Mask:
+        return StepMask(~(self.heads[:, None] & self.is_visual)[None, :, None])
+
+
+class HeadsMask:
+    """What the heads of a layer read of the slots that a step reads. read: (batch or 1, 1, 1, slots), None for all."""
+
+    def __init__(self, read: Mask | None, blind: BlindHeads, slots: int):
+        self._read, self._blind, self._slots = read, blind, slots
+        self._bias: dict[torch.dtype, torch.Tensor] = {}
 
     @property
     def allowed(self) -> torch.Tensor:
-        shown = self._shown.allowed[..., : self._slots]
+        shown = self._blind.shown.allowed[..., : self._slots]
         return shown if self._read is None else shown & self._read.allowed
 
     def bias(self, dtype: torch.dtype) -> torch.Tensor:
-        shown = self._shown.bias(dtype)[..., : self._slots]
-        return shown if self._read is None else shown + self._read.bias(dtype)
+        if dtype not in self._bias:
+            shown = self._blind.shown.bias(dtype)[..., : self._slots]
+            self._bias[dtype] = shown if self._read is None else shown + self._read.bias(dtype)
+        return self._bias[dtype]
 
 
 class StepPattern:
-    """What the one text query of each sample reads in a decode step, from tables on the device."""
+    """What the one text query of each sample reads in a decode step, from tables on the device.
+
+    slots: of the store, in use or not. read: (batch or 1, 1, 1, slots), None for all. last: (1,) the last slot in
+    use; None: all are.
+    """
 
     is_causal = False
 
-    def __init__(self, mask: Mask | HeadsMask | None):
-        self.mask = mask
+    def __init__(self, slots: int, read: Mask | None, blind: BlindHeads | None, last: torch.Tensor | None = None):
+        self.slots, self.read, self.blind, self.last = slots, read, blind, last
+        self.mask = read if blind is None else HeadsMask(read, blind, slots)
 
 
 @dataclass(frozen=True)

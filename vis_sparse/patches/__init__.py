@@ -92,6 +92,7 @@ def patch(
     backend: str = "auto",
     verify: bool = True,
     most_loss: float = 0.01,
+    graphs: bool = False,
 ) -> nn.Module:
     """Make `model` compute on its visual tokens only what `plan` asks for. In place; returns the model.
 
@@ -105,7 +106,9 @@ def patch(
     once on a few rows, as it is and in lanes that compute everything, and refuse it if they differ; once a model, not
     on the meta device. most_loss: with "auto" and a calibration that holds measured plans (`vis-sparse calibrate
     --plans`), the boldest one is taken whose KL from the dense answers is at most so many nats, and whose share of
-    right answers is at most so far below; `inspect` has the numbers.
+    right answers is at most so far below; `inspect` has the numbers. graphs: record decode steps and run them as graphs
+    (CUDA graphs on a GPU, through `torch.compile` elsewhere), one for each batch size and bucket of cached tokens;
+    what cannot be recorded (gradients, hooks, adapters, `output_hidden_states`) runs as without.
 
     A second patch replaces the first. Weights are not changed. `save_pretrained` of a patched model writes its plans
     into config.json, or beside an adapter. Raises PatchError for a model that is not supported and PlanError for a
@@ -134,7 +137,7 @@ def patch(
         kernels = get_backend(backend)
     except ValueError as error:
         raise PatchError(str(error)) from None
-    state, before = PatchState(family, model, decoder, plans, kernels, whole), _state(model)
+    state, before = PatchState(family, model, decoder, plans, kernels, whole, graphs), _state(model)
     state.measured = measured
     if before is not None:
         before.remove()
@@ -194,10 +197,12 @@ def patched(
     backend: str = "auto",
     verify: bool = True,
     most_loss: float = 0.01,
+    graphs: bool = False,
 ) -> Iterator[nn.Module]:
     """`patch` for the length of a `with` block; afterwards the model is as it was, an earlier patch included."""
     before = _state(model)
     given = {"heads": heads, "calibration": calibration, "backend": backend, "verify": verify, "most_loss": most_loss}
+    given["graphs"] = graphs
     patch(model, plan, **given)
     try:
         yield model

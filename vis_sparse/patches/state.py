@@ -8,31 +8,30 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Mapping
-from contextvars import ContextVar
 
 import numpy as np
 import torch
 from torch import nn
 
+from ..executor.bound import Bound
 from ..executor.cache import LaneCacheLayer
 from ..executor.call import Call
 from ..executor.decoder import Decoder
 from ..executor.kept_calls import KeptCalls
 from ..executor.lanes import LaneExecutor
+from ..executor.recorded import may_replay
+from ..executor.step_graphs import StepGraphs
 from ..executor.steps import Step, StepPacking
 from ..executor.tokens import ranking_rows
 from ..executor.transformers_internals import (
     CACHE,
-    cache_among,
     cache_layers,
     holds_lanes,
     is_fixed,
-    named_as_before,
     new_cache,
     output_of,
     set_cache_layers,
     static_columns,
-    traced_as_before,
 )
 from ..kernels import Backend
 from ..layout.layout import LayoutError, VisualLayout
@@ -40,23 +39,21 @@ from ..layout.packing import Packing, pack, text_coordinates
 from ..plans.carried import to_block
 from ..plans.measured import MeasuredPlan
 from ..plans.plan import VisualPlan
-from .arguments import Asked, added_rows, check_arguments, check_mask, host_mask, planes, unbound, wants_hidden
+from . import stand_ins
+from .arguments import Asked, added_rows, check_arguments, check_mask, host_mask, planes, wants_hidden
 from .errors import PatchError
-from .family import Family, Running, bound, prompt_ends
+from .family import Family, Running
 from .saving import save_pretrained
-from .scopes import held, hold
-from .static import AROUND_LANES, check_causal, columns_read, step
-from .wraps import blocks, check_devices, check_structure, check_text_model, check_wraps, refuse_replicas
-
-# The call of an outer model that runs in this context.
-_RUNNING: ContextVar[tuple[PatchState, Running] | None] = ContextVar("vis_sparse_running", default=None)
+from .scopes import held
+from .static import check_causal, columns_read, step
+from .wraps import blocks, check_devices, check_structure, check_wraps, refuse_replicas
 
 
 class PatchState:
     """Lives on the outer and the text model as `_vis_sparse`, from `install` to `remove`.
 
     plans: by name, heads resolved; the first is the one that calls run under which name none. whole: the model, or
-    PEFT's wrapper that was given to `patch` with it inside.
+    PEFT's wrapper that was given to `patch` with it inside. graphs: whether calls are recorded and run as graphs.
     """
 
     def __init__(
@@ -67,6 +64,7 @@ class PatchState:
         plans: Mapping[str, VisualPlan],
         backend: Backend,
         whole: nn.Module,
+        graphs: bool = False,
     ):
         self.family, self.model, self.backend, self._whole = family, model, backend, whole
         self.outer = family.outer_model(model)
@@ -74,6 +72,7 @@ class PatchState:
         self.plans = dict(plans)
         self._sizes = decoder.num_heads, decoder.ffn_size
         self.executors = {name: LaneExecutor(decoder, plan, backend) for name, plan in plans.items()}
+        self.step_graphs = {name: StepGraphs(executor) for name, executor in self.executors.items() if graphs}
         self.default = next(iter(plans))
         self.measured: MeasuredPlan | None = None  # by which "auto" was chosen
         # plan and tables of the last call that ran in lanes, and of the last whole prompt among them: to look at
@@ -81,7 +80,7 @@ class PatchState:
         self.last_prompt: tuple[str, Packing] | None = None
         self._blocks = blocks(self.text_model)
         self.kept_calls = KeptCalls()
-        self._warned = False
+        self._warned = self._said = False
 
     @property
     def block(self) -> dict:
@@ -95,16 +94,16 @@ class PatchState:
         self._plain_forward = self.text_model.forward
         for module in {self.outer, self.text_model}:
             module._vis_sparse = self
-        self._replace(self.text_model, "forward", _text_forward)
-        self._replace(self.text_model, "_apply", _apply)
+        self._replace(self.text_model, "forward", stand_ins.text_forward)
+        self._replace(self.text_model, "_apply", stand_ins.apply)
         self._replace(self.text_model, "_replicate_for_data_parallel", refuse_replicas)
         for name, function in self.family.methods.items():
             self._replace(self.outer, name, function)
-        self._replace(self.outer, "forward", _outer_forward)
+        self._replace(self.outer, "forward", stand_ins.outer_forward)
         if self.model is not self.outer:
-            self._replace(self.model, "forward", _labelled_forward)
+            self._replace(self.model, "forward", stand_ins.labelled_forward)
         if hasattr(self.model, "generate"):
-            self._replace(self.model, "generate", _generate)
+            self._replace(self.model, "generate", stand_ins.generate)
         for saved in {id(each): each for each in (self.model, self._whole)}.values():
             if hasattr(saved, "save_pretrained"):
                 self._replace(saved, "save_pretrained", save_pretrained)
@@ -125,6 +124,11 @@ class PatchState:
             else:
                 setattr(module, name, previous)
         self._replaced = []
+        self.forget_graphs()
+
+    def forget_graphs(self) -> None:
+        for graphs in self.step_graphs.values():
+            graphs.forget()
 
     # The plan and the layout of a call
 
@@ -148,7 +152,7 @@ class PatchState:
     @property
     def running(self) -> Running | None:
         """What is known of the call of the outer model that runs in this context."""
-        running = _RUNNING.get()
+        running = stand_ins.RUNNING.get()
         return running[1] if running is not None and running[0] is self else None
 
     def layout_of(
@@ -271,27 +275,53 @@ class PatchState:
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = new_cache(config)
-        call, layers = self._call(asked, past_key_values, inputs_embeds.device)
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
-        position_ids = planes(config, position_ids)
-        cos, sin = self.text_model.rotary_emb(inputs_embeds, position_ids=position_ids)
+        cos, sin = self.text_model.rotary_emb(inputs_embeds, position_ids=planes(config, position_ids))
         collected = [] if wants_hidden(config, kwargs) else None
         added = added_rows(kwargs.get("deepstack_visual_embeds"), layout, inputs_embeds)
-        # the first run of a call builds the tables that its backend needs, which no compiler should look into
-        run = LaneExecutor.run if call.has_run else _run_eagerly
-        hidden = run(executor, inputs_embeds, cos, sin, call, layers, collected, added, asked.bound)
-        call.has_run = asked.is_step or not executor.drops  # where tokens leave, a call has tables of its own
+        if asked.is_step and collected is None and self._replays(asked.bound, inputs_embeds.device):
+            layers, inputs = cache_layers(past_key_values), (inputs_embeds, cos, sin)
+            hidden = self.step_graphs[name].step(layers, asked.bound, inputs, asked.mask)
+            packing = StepPacking(layout, past, batch)
+        else:
+            hidden, packing = self._in_lanes(asked, past_key_values, inputs_embeds, cos, sin, collected, added)
         hidden = self.text_model.norm(hidden)
-        if asked.capacity is not None:
-            for layer in layers:
-                layer.fix(asked.capacity)
-        self.last = name, call.packing
+        self.last = name, packing
         if layout.segments and not past:
             self.last_prompt = self.last
         collected = None if collected is None else (*collected, hidden)
         output = output_of(hidden, past_key_values, collected)
         return output.to_tuple() if kwargs.get("return_dict") is False else output
+
+    def _replays(self, bound: Bound, device: torch.device) -> bool:
+        """Whether a call on a device may run as a graph."""
+        if not self.step_graphs or not may_replay(device):
+            return False
+        if not bound.is_recordable and not self._said:
+            self._said = True
+            warnings.warn(
+                "vis_sparse: graphs=True: got decoder layers with modules that a graph cannot stand for (hooks, "
+                "adapters, quantised or offloaded weights, other norms): calls run one operation after the other",
+                stacklevel=4,
+            )
+        return bound.is_recordable
+
+    @torch.compiler.disable(recursive=False)
+    def _in_lanes(self, asked: Asked, cache, embeds, cos, sin, collected: list | None, added):
+        """The decoder on a call, operation by operation: hidden states, and what to look at."""
+        executor = self.executors[asked.name]
+        for layer in cache_layers(cache) if holds_lanes(cache) else ():
+            layer.leave()
+        call, layers = self._call(asked, cache, embeds.device)
+        # the first run of a call builds the tables that its backend needs, which no compiler should look into
+        run = LaneExecutor.run if call.has_run else _run_eagerly
+        hidden = run(executor, embeds, cos, sin, call, layers, collected, added, asked.bound)
+        call.has_run = asked.is_step or not executor.drops  # where tokens leave, a call has tables of its own
+        if asked.capacity is not None:
+            for layer in layers:
+                layer.fix(asked.capacity)
+        return hidden, call.packing
 
     def _takes_step(self, cache) -> bool:
         """Whether a call of one column on a static cache is a decode step, told without a look at how full it is."""
@@ -358,93 +388,3 @@ class PatchState:
 @torch.compiler.disable
 def _run_eagerly(executor, *args):
     return executor.run(*args)
-
-
-# What stands in the model's places. Each takes the state and what stood there before.
-
-
-def _text_forward(state: PatchState, plain, *args, **kwargs):
-    # a compiler may look into a decode step on a static cache, into nothing else
-    if _is_traced_step(kwargs):
-        return state.forward(*args, **traced_as_before(kwargs))
-    return _text_around_lanes(state, *args, **kwargs)
-
-
-def _is_traced_step(kwargs: dict) -> bool:
-    return torch.compiler.is_compiling() and is_fixed(cache_among(kwargs))
-
-
-@torch.compiler.disable(recursive=False, reason=AROUND_LANES)
-def _text_around_lanes(state: PatchState, *args, **kwargs):
-    return state.forward(*args, **named_as_before(kwargs))
-
-
-def _outer_forward(state: PatchState, plain, *args, **kwargs):
-    if _is_traced_step(kwargs):
-        return plain(*args, **kwargs)
-    return _outer_around_lanes(state, plain, *args, **kwargs)
-
-
-@torch.compiler.disable(recursive=False, reason=AROUND_LANES)
-def _outer_around_lanes(state: PatchState, plain, *args, **kwargs):
-    """The outer model's forward, within which its layout is known."""
-    args, running = unbound(state.outer, args), Running()
-    check_text_model(state.outer, state.family.text_model(state.outer), state.text_model)
-    token = _RUNNING.set((state, running))
-    try:
-        running.layout = _read_layout(state, args, kwargs)
-        return plain(*args, **kwargs)
-    finally:
-        _RUNNING.reset(token)
-
-
-@torch.compiler.disable
-def _read_layout(state: PatchState, args, kwargs) -> VisualLayout | None:
-    arguments = bound(type(state.outer).forward, state.outer, args, kwargs)
-    past = cache_among(arguments)
-    return state.family.read_layout(state.outer, arguments, 0 if past is None else past.get_seq_length())
-
-
-def _labelled_forward(state: PatchState, plain, *args, **kwargs):
-    if _is_traced_step(kwargs):
-        return plain(*args, **kwargs)
-    return _labelled_around_lanes(state, plain, *args, **kwargs)
-
-
-@torch.compiler.disable(recursive=False, reason=AROUND_LANES)
-def _labelled_around_lanes(state: PatchState, plain, *args, **kwargs):
-    """The whole model's forward: labels tell where the prompt ends."""
-    args = unbound(state.model, args)
-    if not any(executor.ranks_by_text for executor in state.executors.values()):
-        return plain(*args, **kwargs)
-    arguments = bound(type(state.model).forward, state.model, args, kwargs)
-    labels, past = arguments.get("labels"), cache_among(arguments)
-    if labels is None:
-        return plain(*args, **kwargs)
-    with hold(state.text_model, "prompt_ends", prompt_ends(labels) + (0 if past is None else past.get_seq_length())):
-        return plain(*args, **kwargs)
-
-
-def _generate(state: PatchState, plain, *args, vis_sparse_plan: str | None = None, **kwargs):
-    """The model's `generate`, under a plan if one is named, with the prompt's length known to all its calls."""
-    given = (*(kwargs.get(name) for name in ("inputs_embeds", "input_ids", "inputs")), *args[:1])
-    prompt = next((each for each in given if isinstance(each, torch.Tensor)), None)
-    if vis_sparse_plan is not None and vis_sparse_plan not in state.plans:
-        raise PatchError(
-            f"vis_sparse_plan: got {vis_sparse_plan!r}, expected one of {', '.join(state.plans)}, those given to patch"
-        )
-    asked = held(state.text_model, "plan") if vis_sparse_plan is None else vis_sparse_plan
-    # where the outer model splices features in, its columns are known later, and noted then
-    spliced = state.model is state.outer or prompt is None
-    generating = Running(prompt_ends=None if spliced else np.array([prompt.shape[1]]))
-    with hold(state.text_model, "plan", asked), hold(state.text_model, "generating", generating):
-        return plain(*args, **kwargs)
-
-
-def _apply(state: PatchState, plain, *args, **kwargs):
-    """`to`, `half`, `cuda`, ... of the text model: copies of the old weights go at once."""
-    try:
-        return plain(*args, **kwargs)
-    finally:
-        for executor in state.executors.values():
-            executor.kept_cuts.forget()
