@@ -70,6 +70,16 @@ def test_tables_are_those_of_the_mask(model):
 
 
 @torch.no_grad()
+def test_chunks_of_one_length_have_tables_of_their_own(model):
+    """Text alone, as long as the first call: what they read lies before them."""
+    batch = make_batch(model, [(8, IMAGE, 12)])
+    end = batch.length
+    whole = run(model, batch)[0]
+    for cuts in ([4, end - 8, end - 4], [end - 12, end - 8, end - 4]):
+        torch.testing.assert_close(run(model, batch, cuts)[0], whole, **EXACT)
+
+
+@torch.no_grad()
 def test_tables_are_those_of_the_length(model):
     short = make_batch(model, [(5, IMAGE, 4)])
     long = extended(model, short, 3)
