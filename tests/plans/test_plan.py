@@ -101,8 +101,8 @@ def test_a_plan_of_another_depth_is_refused():
         ),
         (
             "lays: {}",
-            "plan: plan: got unknown key 'lays', expected one of name, about, semantics, num_layers, default, layers; "
-            "did you mean 'layers'?",
+            "plan: plan: got unknown key 'lays', expected one of name, about, semantics, num_layers, default, layers, "
+            "tower; did you mean 'layers'?",
         ),
         (
             "default: {attention: {radius: 1, stripe: 2}}",
@@ -149,7 +149,7 @@ def test_a_plan_of_another_depth_is_refused():
         ("num_layers: true", "plan: num_layers: got True, expected an integer >= 1"),
         (
             "- a:\n",
-            "plan: got list, expected a mapping with the keys name, about, semantics, num_layers, default, layers",
+            "plan: got list, expected a mapping with the keys name, about, semantics, num_layers, default, layers, tower",
         ),
     ],
 )

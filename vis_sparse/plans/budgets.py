@@ -110,6 +110,27 @@ def resolve_heads(
     return plan.replace(layers=tuple(layers))
 
 
+def resolve_tower(
+    plan: VisualPlan, num_layers: int, num_heads: int, ffn_size: int, heads: str | None = None
+) -> VisualPlan:
+    """`plan` with its tower, if it has one, made a plan of an encoder of these sizes, budgets resolved.
+
+    heads: "first" lets the first heads and neurons stand in for those of a budget; None refuses budgets. Raises
+    PlanError naming the field if the section does not fit the encoder.
+    """
+    if plan.tower is None:
+        return plan
+    try:
+        tower = plan.tower
+        tower = tower if isinstance(tower, VisualPlan) else tower.resolve(num_layers)
+        tower.check_fits(num_layers, num_heads, ffn_size)
+        tower = resolve_heads(tower, num_heads, num_heads, heads)
+        tower.check_fits(num_layers, num_heads, ffn_size)
+    except PlanError as error:
+        raise PlanError(f"plan {plan.name!r}: {error}") from None
+    return plan.replace(tower=tower)
+
+
 def _masks(plan: VisualPlan, num_heads: int, num_kv_heads: int, heads) -> dict[int, tuple[bool, ...]]:
     """The masks of the layers that have a file or a budget."""
     masks, sharing = {}, {}

@@ -17,7 +17,7 @@ import numpy as np
 
 from .atomic_write import is_file
 from .layer_plan import PlanError, brief, check_int
-from .plan import MOST_LAYERS, PlanRecipe, VisualPlan
+from .plan import MOST_LAYERS, VisualPlan, recipe_of
 from .yaml_format import checked_fields, plan_data
 
 KEY = "vis_sparse"  # in config.json, which plain transformers ignores
@@ -27,21 +27,32 @@ _BITS = "bits:"
 _MOST_UNITS = 1 << 24  # heads or neurons of a layer
 
 
-def to_block(plans: Mapping[str, VisualPlan], num_heads: int, num_neurons: int) -> dict:
+def to_block(
+    plans: Mapping[str, VisualPlan], num_heads: int, num_neurons: int, tower: tuple[int, int] | None = None
+) -> dict:
     """Resolved plans by name as JSON data; the first one is the default.
 
-    num_heads, num_neurons: of a layer of the model that they were resolved for.
+    num_heads, num_neurons: of a layer of the model that they were resolved for; tower: of a layer of its vision
+    encoder, where plans have a section for it that was resolved.
     """
     written = {}
     for name, plan in plans.items():
-        data = plan_data(plan.name, plan.about, plan.semantics, plan.layers)
-        for layer in data["layers"].values():
-            if isinstance(layer, dict):
-                _write(layer, "heads", num_heads, lambda mask: np.flatnonzero(mask).tolist())
-                _write(layer, "ffn", num_neurons, list)
+        data = plan_data(plan)
+        _compact(data, num_heads, num_neurons)
+        if "tower" in data and tower is not None:
+            _compact(data["tower"], *tower)
         written[name] = data
     sizes = {"heads": num_heads, "neurons": num_neurons}
+    if tower is not None:
+        sizes["tower"] = {"heads": tower[0], "neurons": tower[1]}
     return {"format": FORMAT, **sizes, "default": next(iter(plans)), "plans": written}
+
+
+def _compact(data: dict, heads: int, neurons: int) -> None:
+    for layer in data["layers"].values():
+        if isinstance(layer, dict):
+            _write(layer, "heads", heads, lambda mask: np.flatnonzero(mask).tolist())
+            _write(layer, "ffn", neurons, list)
 
 
 def read_block(block, origin: str = f"config.json: {KEY}") -> dict[str, VisualPlan]:
@@ -58,27 +69,44 @@ def read_block(block, origin: str = f"config.json: {KEY}") -> dict[str, VisualPl
             check_int(name, count, 1, _MOST_UNITS)
         if not isinstance(plans, dict) or not plans or block.get("default") not in plans:
             raise PlanError(f"plans: got {brief(plans)}, expected plans by name, the default {block.get('default')!r}")
+        tower = block.get("tower")
+        if tower is not None:
+            if not isinstance(tower, dict):
+                raise PlanError(f"tower: got {brief(tower)}, expected heads and neurons of its layers")
+            tower = tower.get("heads"), tower.get("neurons")
+            for name, count in zip(("heads", "neurons"), tower):
+                check_int(f"tower: {name}", count, 1, _MOST_UNITS)
         names = sorted(plans, key=lambda name: name != block["default"])
-        return {name: _plan(plans[name], heads, neurons, name) for name in names}
+        return {name: _plan(plans[name], (heads, neurons), tower, name) for name in names}
     except PlanError as error:
         raise PlanError(f"{origin}: {error}") from None
 
 
-def _plan(data, heads: int, neurons: int, name: str) -> VisualPlan:
+def _plan(data, sizes: tuple[int, int], tower: tuple[int, int] | None, name: str) -> VisualPlan:
+    where = f"plan {name!r}"
     if not isinstance(data, dict) or not isinstance(data.get("layers"), dict):
-        raise PlanError(f"plan {name!r}: got {brief(data)}, expected a mapping with layers")
-    check_int(f"plan {name!r}: num_layers", data.get("num_layers"), 1, MOST_LAYERS)
-    layers = {}
-    for spec, layer in data["layers"].items():
+        raise PlanError(f"{where}: got {brief(data)}, expected a mapping with layers")
+    check_int(f"{where}: num_layers", data.get("num_layers"), 1, MOST_LAYERS)
+    data = data | {"layers": _unpacked(data["layers"], *sizes, where)}
+    section = data.get("tower")
+    if tower is not None and isinstance(section, dict) and isinstance(section.get("layers"), dict):
+        data["tower"] = section | {"layers": _unpacked(section["layers"], *tower, f"{where}: tower")}
+    return recipe_of(checked_fields(data, where)).resolve()
+
+
+def _unpacked(layers: dict, heads: int, neurons: int, where: str) -> dict:
+    """Layers with masks and indices in the place of what `_write` wrote."""
+    unpacked = {}
+    for spec, layer in layers.items():
         if isinstance(layer, dict):
             layer = dict(layer)
             for field, size in (("heads", heads), ("ffn", neurons)):
                 value = layer.get(field)
                 if isinstance(value, str) and value != "all":
-                    found = _read(value, size, f"plan {name!r}: layers {spec}: {field}")
+                    found = _read(value, size, f"{where}: layers {spec}: {field}")
                     layer[field] = np.isin(np.arange(size), found).tolist() if field == "heads" else found
-        layers[spec] = layer
-    return PlanRecipe(**checked_fields(data | {"layers": layers}, f"plan {name!r}")).resolve()
+        unpacked[spec] = layer
+    return unpacked
 
 
 def plans_of_folder(folder: Path) -> dict[str, VisualPlan] | None:
@@ -101,7 +129,7 @@ def plans_of_file(file: Path) -> dict[str, VisualPlan] | None:
 
 
 def _write(layer: dict, field: str, size: int, indices) -> None:
-    if not isinstance(layer[field], list):
+    if not isinstance(layer.get(field), list):
         return
     found = indices(layer[field])
     runs = _runs(found)

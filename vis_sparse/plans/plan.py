@@ -25,6 +25,7 @@ from .layer_plan import (
     is_number,
 )
 from .layer_range import layer_range
+from .tower import check_tower_layer
 
 SEMANTICS = ("exclude", "zero")
 
@@ -51,12 +52,15 @@ class VisualPlan:
 
     semantics "exclude": softmax runs over what is read, nothing else exists. "zero": the official code's arithmetic
     (arXiv 2410.06169), in which unread visual keys stay in the softmax's denominator and visual rows go on to the end.
+    tower: what patches compute in the vision encoder (docs/tower.md), a plan of its layers or a recipe of one, both
+    called "tower"; None: the encoder is the unpatched model's.
     """
 
     layers: tuple[LayerPlan, ...]
     name: str = "custom"
     about: str = ""
     semantics: str = "exclude"
+    tower: VisualPlan | PlanRecipe | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -65,6 +69,7 @@ class VisualPlan:
         if not isinstance(self.semantics, str) or self.semantics not in SEMANTICS:
             raise PlanError(f"semantics: got {brief(self.semantics)}, expected one of {', '.join(SEMANTICS)}")
         self._check_tokens()
+        _check_tower(self.tower)
 
     def _check_tokens(self) -> None:
         budgets = [(index, layer.tokens) for index, layer in enumerate(self.layers) if layer.tokens]
@@ -210,12 +215,13 @@ class VisualPlan:
 
     def to_yaml(self) -> str:
         """The plan as YAML text; `from_yaml` of it gives an equal plan."""
-        return yaml_format.write_fields(self.name, self.about, self.semantics, self.layers)
+        return yaml_format.write(self)
 
     def as_recipe(self) -> PlanRecipe:
         """The recipe that gives this plan, for a model of its depth alone."""
         entries = tuple((str(index), layer) for index, layer in enumerate(self.layers))
-        return PlanRecipe(self.name, self.about, self.semantics, entries=entries, num_layers=self.num_layers)
+        sizes = {"num_layers": self.num_layers, "tower": self.tower}
+        return PlanRecipe(self.name, self.about, self.semantics, entries=entries, **sizes)
 
 
 def _layer_set(layers: Iterable[int], num_layers: int) -> frozenset[int]:
@@ -248,7 +254,7 @@ class PlanRecipe:
     entries: (layer range, changes) pairs in file order. A range is an index ("4"), indices ("2-15", inclusive), a
     depth range ("50%-100%": the layers l with 0.5 <= l/L < 1), one with an open end ("2-"), or the last layer before a
     depth ("<50%"). Changes are LayerPlan fields laid over what the earlier entries gave, or a whole LayerPlan (for
-    "off").
+    "off"). tower: as a `VisualPlan` has it.
     """
 
     name: str
@@ -257,6 +263,10 @@ class PlanRecipe:
     default: LayerPlan = LayerPlan()
     entries: tuple[tuple[str, Mapping[str, Any] | LayerPlan], ...] = field(default=())
     num_layers: int | None = None
+    tower: VisualPlan | PlanRecipe | None = None
+
+    def __post_init__(self) -> None:
+        _check_tower(self.tower)
 
     def whole_first(self, count: int) -> PlanRecipe:
         """The same plan with its first `count` layers whole: every head, full attention, the whole FFN, read by text.
@@ -288,15 +298,46 @@ class PlanRecipe:
                         layers[index] = dataclasses.replace(layers[index], **changes)
             except PlanError as error:
                 raise PlanError(f"plan {self.name!r}: {error}") from None
-        return VisualPlan(tuple(layers), self.name, self.about, self.semantics)
+        return VisualPlan(tuple(layers), self.name, self.about, self.semantics, self.tower)
+
+
+def _check_tower(tower) -> None:
+    """Raise PlanError for what is no plan of a vision encoder's layers."""
+    if tower is None:
+        return
+    if not isinstance(tower, VisualPlan | PlanRecipe) or tower.tower is not None or tower.semantics != "exclude":
+        raise PlanError(
+            f"tower: got {brief(tower)}, expected a plan or a recipe for the encoder's layers, of semantics 'exclude' "
+            "and without a tower of its own"
+        )
+    if isinstance(tower, VisualPlan):
+        named = list(enumerate(tower.layers))
+    else:
+        whole = (changes if isinstance(changes, LayerPlan) else LayerPlan(**changes) for _, changes in tower.entries)
+        named = [("default", tower.default), *zip((spec for spec, _ in tower.entries), whole)]
+    for where, layer in named:
+        try:
+            check_tower_layer(layer)
+        except PlanError as error:
+            raise PlanError(f"tower: layers {where}: {error}") from None
+
+
+def recipe_of(fields: Mapping[str, Any]) -> PlanRecipe:
+    """The recipe of what `yaml_format.read_fields` gives."""
+    tower = fields.get("tower")
+    if tower is not None:
+        tower = PlanRecipe("tower", **tower)
+        tower = tower if tower.num_layers is None else tower.resolve()
+    return PlanRecipe(**{**fields, "tower": tower})
 
 
 def read_recipe(source: str | Path) -> PlanRecipe:
     """The recipe in a YAML file (a `Path`, or a string that names a file) or in YAML text."""
     fields, origin = yaml_format.read_fields(source)
-    recipe = PlanRecipe(**fields)
     try:
-        for spec, _ in recipe.entries:
+        recipe = recipe_of(fields)
+        tower = recipe.tower.entries if isinstance(recipe.tower, PlanRecipe) else ()
+        for spec, _ in (*recipe.entries, *tower):
             layer_range(spec, 10**6)  # a malformed range is refused here, not when a model comes along
         VisualPlan((recipe.default,), semantics=recipe.semantics)
     except PlanError as error:

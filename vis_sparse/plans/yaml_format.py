@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 
 import yaml
 
@@ -24,7 +25,8 @@ from .layer_plan import (
     reason,
 )
 
-_PLAN_KEYS = ("name", "about", "semantics", "num_layers", "default", "layers")
+_TOWER_KEYS = ("num_layers", "default", "layers")
+_PLAN_KEYS = ("name", "about", "semantics", *_TOWER_KEYS, "tower")
 _LAYER_KEYS = tuple(f.name for f in dataclasses.fields(LayerPlan))
 # What PyYAML raises for numbers, dates and booleans that are none, and for text nested too deeply.
 _WRONG_VALUES = (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError)
@@ -72,19 +74,41 @@ def _known(keys, known: tuple[str, ...], where: str) -> None:
 
 def _fields(data: dict) -> dict:
     _known(data, _PLAN_KEYS, "plan")
+    return {
+        "name": _words("name", data.get("name", "custom")),
+        "about": _words("about", data.get("about", "")),
+        "semantics": data.get("semantics", "exclude"),
+        **_layers(data),
+        "tower": _tower(data.get("tower")),
+    }
+
+
+def _tower(data) -> dict | None:
+    """The fields of the tower's recipe."""
+    if data is None:
+        return None
+    if not isinstance(data, dict):
+        raise PlanError(f"tower: got {brief(data)}, expected a mapping with the keys {', '.join(_TOWER_KEYS)}")
+    _known(data, _TOWER_KEYS, "tower")
+    try:
+        return _layers(data, {"direction": "both"})
+    except PlanError as error:
+        raise PlanError(f"tower: {error}") from None
+
+
+def _layers(data: dict, near: Mapping = MappingProxyType({})) -> dict:
+    """Depth, default and entries of a recipe. near: what a neighbourhood is where a file does not say it."""
     entries = data.get("layers") or {}
     if not isinstance(entries, dict):
         raise PlanError(f"layers: got {type(entries).__name__}, expected a mapping of layer ranges")
     num_layers = data.get("num_layers")
     if num_layers is not None and (type(num_layers) is not int or num_layers < 1):
         raise PlanError(f"num_layers: got {brief(num_layers)}, expected an integer >= 1")
-    default = _changes(data.get("default", {}), "default")
+    default = _changes(data.get("default", {}), "default", near)
+    named = ((_words("layers", spec), _changes(value, _where(spec), near)) for spec, value in entries.items())
     return {
-        "name": _words("name", data.get("name", "custom")),
-        "about": _words("about", data.get("about", "")),
-        "semantics": data.get("semantics", "exclude"),
         "default": default if isinstance(default, LayerPlan) else LayerPlan(**default),
-        "entries": tuple((_words("layers", spec), _changes(value, _where(spec))) for spec, value in entries.items()),
+        "entries": tuple(named),
         "num_layers": num_layers,
     }
 
@@ -100,7 +124,7 @@ def _words(name: str, value) -> str:
     return value if isinstance(value, str) else brief(value)
 
 
-def _changes(value, where: str) -> dict | LayerPlan:
+def _changes(value, where: str, near: Mapping) -> dict | LayerPlan:
     # YAML 1.1 reads a bare `off` as False
     if value is False or value == "off":
         return LayerPlan.off()
@@ -109,7 +133,7 @@ def _changes(value, where: str) -> dict | LayerPlan:
     _known(value, _LAYER_KEYS, where)
     changes = dict(value)
     if "attention" in changes:
-        changes["attention"] = _attention(changes["attention"], where)
+        changes["attention"] = _attention(changes["attention"], where, near)
     if "heads" in changes:
         changes["heads"] = _heads(changes["heads"], where)
     if "ffn" in changes:
@@ -123,14 +147,14 @@ def _changes(value, where: str) -> dict | LayerPlan:
     return changes
 
 
-def _attention(value, where: str):
+def _attention(value, where: str, near: Mapping):
     if not isinstance(value, dict):
         return value
     _known(value, _NEIGHBORHOOD_KEYS, f"{where}: attention")
     if "radius" not in value:
         raise PlanError(f"{where}: attention: radius is missing")
     try:
-        return Neighborhood(**value)
+        return Neighborhood(**{**near, **value})
     except PlanError as error:
         raise PlanError(f"{where}: attention: {error}") from None
 
@@ -171,40 +195,46 @@ def _budget(kind: type, value: dict, where: str, field: str):
         raise PlanError(f"{where}: {error}") from None
 
 
-def write_fields(name: str, about: str, semantics: str, layers: Sequence[LayerPlan]) -> str:
-    """A plan as YAML text, runs of equal layers written once."""
-    data = plan_data(name, about, semantics, layers)
-    return yaml.safe_dump(data, sort_keys=False, width=120, default_flow_style=None)
+def write(plan) -> str:
+    """A `VisualPlan` as YAML text, runs of equal layers written once."""
+    return yaml.safe_dump(plan_data(plan), sort_keys=False, width=120, default_flow_style=None)
 
 
-def plan_data(name: str, about: str, semantics: str, layers: Sequence[LayerPlan]) -> dict:
-    """A plan as a file holds it, runs of equal layers once."""
+def plan_data(plan) -> dict:
+    """A `VisualPlan` as a file holds it, runs of equal layers once."""
+    named = {"name": plan.name, "about": plan.about, "semantics": plan.semantics}
+    data = {**named, "num_layers": plan.num_layers, "layers": _runs(plan.layers)}
+    return data if plan.tower is None else data | {"tower": _tower_data(plan.tower)}
+
+
+def _tower_data(tower) -> dict:
+    """A tower's plan or recipe as a file holds it."""
+    if not hasattr(tower, "entries"):
+        return {"num_layers": tower.num_layers, "layers": _runs(tower.layers)}
+    return {"default": _written(tower.default), "layers": {spec: _written(changes) for spec, changes in tower.entries}}
+
+
+def _runs(layers: Sequence[LayerPlan]) -> dict:
     entries = {}
     for layer, run in groupby(range(len(layers)), key=lambda i: layers[i]):
         indices = list(run)
         spec = str(indices[0]) if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
-        entries[spec] = "off" if layer == LayerPlan.off() else _layer_dict(layer)
-    return {
-        "name": name,
-        "about": about,
-        "semantics": semantics,
-        "num_layers": len(layers),
-        "layers": entries,
-    }
+        entries[spec] = _written(layer)
+    return entries
 
 
-def _layer_dict(layer: LayerPlan) -> dict:
-    attention, heads, ffn = layer.attention, layer.heads, layer.ffn
-    if isinstance(attention, Neighborhood):
-        attention = dataclasses.asdict(attention)
-    if isinstance(heads, HeadBudget | HeadFile):
-        heads = dataclasses.asdict(heads)
-    if isinstance(ffn, NeuronBudget):
-        ffn = dataclasses.asdict(ffn)
-    fields = {
-        "text_reads": layer.text_reads,
-        "attention": attention,
-        "heads": "all" if heads is None else list(heads) if isinstance(heads, tuple) else heads,
-        "ffn": list(ffn) if isinstance(ffn, tuple) else ffn,
-    }
-    return fields if layer.tokens is None else fields | {"tokens": dataclasses.asdict(layer.tokens)}
+def _written(changes: LayerPlan | Mapping) -> str | dict:
+    """A layer's plan, or some of its fields, as a file holds them."""
+    if changes == LayerPlan.off():
+        return "off"
+    if isinstance(changes, LayerPlan):
+        changes = {name: getattr(changes, name) for name in _LAYER_KEYS if changes.tokens or name != "tokens"}
+    return {name: _value(name, value) for name, value in changes.items()}
+
+
+def _value(name: str, value):
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)
+    if name in ("heads", "tokens") and value is None:
+        return "all"
+    return list(value) if isinstance(value, tuple) else value
