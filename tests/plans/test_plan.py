@@ -149,7 +149,8 @@ def test_a_plan_of_another_depth_is_refused():
         ("num_layers: true", "plan: num_layers: got True, expected an integer >= 1"),
         (
             "- a:\n",
-            "plan: got list, expected a mapping with the keys name, about, semantics, num_layers, default, layers, tower",
+            "plan: got list, expected a mapping with the keys name, about, semantics, num_layers, default, "
+            "layers, tower",
         ),
     ],
 )

@@ -14,9 +14,9 @@ from torch import nn
 
 from ..cost.flops import flops
 from ..executor.decoder import Decoder
-from ..kernels import get_backend
+from ..kernels import Backend, get_backend
 from ..layout.layout import VisualLayout
-from ..plans.budgets import resolve_heads
+from ..plans.budgets import resolve_heads, resolve_tower
 from ..plans.carried import read_block
 from ..plans.files import as_plan
 from ..plans.layer_plan import PlanError
@@ -36,6 +36,8 @@ from .qwen_vl import QWEN2_VL, QWEN3_VL
 from .saving import carried_block, save_block
 from .scopes import hold
 from .state import PatchState
+from .tower import check_tower, find_tower, read_tower
+from .tower_patch import PatchedTower
 from .verify import check_behaviour
 from .wraps import check_devices, check_no_wrapper
 
@@ -137,13 +139,16 @@ def patch(
         kernels = get_backend(backend)
     except ValueError as error:
         raise PatchError(str(error)) from None
+    plans, tower = _with_towers(family, outer, plans, heads, kernels)
     state, before = PatchState(family, model, decoder, plans, kernels, whole, graphs), _state(model)
-    state.measured = measured
+    state.measured, state.tower = measured, tower
     if before is not None:
         before.remove()
     try:
         if verify:
             check_behaviour(state.text_model, decoder, kernels)
+            if tower is not None:
+                check_tower(tower.kind, tower.module, tower.tower, kernels)
         state.install()
     except BaseException:
         if before is not None:
@@ -166,6 +171,21 @@ def _resolved(family: Family, plan: Plan, decoder: Decoder, heads, calibration) 
     resolved = resolve_heads(resolved, decoder.num_heads, decoder.num_kv_heads, heads, calibration)
     resolved.check_fits(len(decoder.layers), decoder.num_heads, decoder.ffn_size)
     return resolved
+
+
+def _with_towers(
+    family: Family, outer: nn.Module, plans: Mapping[str, VisualPlan], heads, kernels: Backend
+) -> tuple[dict[str, VisualPlan], PatchedTower | None]:
+    """Plans with their tower sections resolved for the model's encoder, and the encoder under them."""
+    asking = next((plan for plan in plans.values() if plan.tower), None)
+    if asking is None:
+        return dict(plans), None
+    kind, module = find_tower(family.towers, outer, asking)
+    tower = read_tower(kind, module)
+    sizes = len(tower.layers), tower.num_heads, tower.ffn_size
+    first = heads if isinstance(heads, str) and heads == "first" else None
+    plans = {name: resolve_tower(plan, *sizes, first) for name, plan in plans.items()}
+    return plans, PatchedTower(kind, module, tower, plans, kernels)
 
 
 def save_plan(model: nn.Module, folder: str | Path) -> None:
@@ -317,7 +337,8 @@ def inspect(model: nn.Module) -> dict[str, Any] | None:
         "plan": state.plans[name],
         "plans": dict(state.plans),
         "backend": state.backend.name,
-        "extra_bytes": sum(executor.kept_cuts.bytes for executor in state.executors.values()),
+        "extra_bytes": sum(executor.kept_cuts.bytes for executor in state.executors.values())
+        + (0 if state.tower is None else state.tower.extra_bytes),
         "last_call": last,
         **({} if state.measured is None else {"measured": state.measured}),
         **counted,

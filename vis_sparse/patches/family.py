@@ -13,15 +13,17 @@ import torch
 from torch import nn
 
 from ..layout.layout import VisualLayout
+from .tower import TowerKind
 
 _NO_LABEL = -100
 
 
 @dataclass
 class Running:
-    """What is known of a call while it runs. prompt_ends: (batch or 1,) columns behind the prompts."""
+    """What is known of a call while it runs. prompt_ends: (batch or 1,) columns behind the prompts. plan: its name."""
 
     layout: VisualLayout | None = None
+    plan: str | None = None
     prompt_ends: np.ndarray | None = None
 
 
@@ -62,7 +64,8 @@ class Family:
     which are cached. methods: of the outer model, replaced while it is patched: name -> function of the
     patch's state, what stood there, and the call's arguments. outer_model(model): the module whose arguments tell the
     layout. text_model(outer): the decoder. auto_plan: the plan that "auto" stands for. check(outer): raises PatchError
-    for a model of these classes that the family does not know how to read.
+    for a model of these classes that the family does not know how to read. towers: the kinds of vision encoders that
+    run under a plan's tower section.
     """
 
     classes: tuple[str, ...]
@@ -72,3 +75,4 @@ class Family:
     text_model: Callable[[nn.Module], nn.Module] = attrgetter("language_model")
     auto_plan: str = "auto"
     check: Callable[[nn.Module], None] = fits
+    towers: tuple[TowerKind, ...] = ()

@@ -6,6 +6,7 @@ from torch import nn
 
 from .llava import check_strategy
 from .placeholders import Grid, Visual, family
+from .tower_vit import INTERN_VIT
 
 
 def _grids(outer: nn.Module, arguments: dict) -> list[Grid]:
@@ -17,4 +18,6 @@ def _grids(outer: nn.Module, arguments: dict) -> list[Grid]:
     return [(1, height, width)] * len(pixels)
 
 
-INTERNVL = family("InternVLForConditionalGeneration", "InternVLModel", image=Visual("pixel_values", _grids))
+INTERNVL = family(
+    "InternVLForConditionalGeneration", "InternVLModel", towers=(INTERN_VIT,), image=Visual("pixel_values", _grids)
+)

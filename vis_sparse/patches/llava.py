@@ -7,6 +7,9 @@ from torch import nn
 from ..layout.layout import LayoutError
 from .errors import PatchError
 from .placeholders import Grid, Visual, family
+from .tower_vit import CLIP, SIGLIP
+
+TOWERS = (CLIP, SIGLIP)
 
 
 def check_tower(outer: nn.Module) -> None:
@@ -47,7 +50,13 @@ def _vip_grids(outer: nn.Module, arguments: dict) -> list[Grid]:
 
 
 LLAVA = family(
-    "LlavaForConditionalGeneration", "LlavaModel", check=check_tower, image=Visual("pixel_values", _llava_grids)
+    "LlavaForConditionalGeneration",
+    "LlavaModel",
+    check=check_tower,
+    towers=TOWERS,
+    image=Visual("pixel_values", _llava_grids),
 )
 # always without the class token
-VIP_LLAVA = family("VipLlavaForConditionalGeneration", "VipLlavaModel", image=Visual("pixel_values", _vip_grids))
+VIP_LLAVA = family(
+    "VipLlavaForConditionalGeneration", "VipLlavaModel", towers=TOWERS, image=Visual("pixel_values", _vip_grids)
+)

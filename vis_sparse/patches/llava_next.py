@@ -10,7 +10,7 @@ import math
 from torch import nn
 
 from ..layout.image_grids import AnyRes, OneVision
-from .llava import check_strategy
+from .llava import TOWERS, check_strategy
 from .placeholders import Grid, Visual, family
 
 
@@ -67,16 +67,18 @@ def _onevision_frames(outer: nn.Module, arguments: dict) -> list[Grid]:
 
 _NEXT = Visual("pixel_values", _next_grids)
 
-LLAVA_NEXT = family("LlavaNextForConditionalGeneration", "LlavaNextModel", image=_NEXT)
+LLAVA_NEXT = family("LlavaNextForConditionalGeneration", "LlavaNextModel", towers=TOWERS, image=_NEXT)
 LLAVA_NEXT_VIDEO = family(
     "LlavaNextVideoForConditionalGeneration",
     "LlavaNextVideoModel",
+    towers=TOWERS,
     image=_NEXT,
     video=Visual("pixel_values_videos", _pooled_frames),
 )
 LLAVA_ONEVISION = family(
     "LlavaOnevisionForConditionalGeneration",
     "LlavaOnevisionModel",
+    towers=TOWERS,
     image=Visual("pixel_values", _onevision_grids),
     video=Visual("pixel_values_videos", _onevision_frames),
 )

@@ -17,6 +17,7 @@ from ..executor.transformers_internals import note_grids, noted_grids
 from ..layout.layout import LayoutError, VisualLayout
 from .family import Family, bound, fits
 from .scopes import held
+from .tower import TowerKind
 
 Grid = tuple[int, int, int]
 
@@ -31,7 +32,9 @@ class Visual:
     grids: Callable[[nn.Module, dict], list[Grid]]
 
 
-def family(*classes: str, check: Callable[[nn.Module], None] = fits, **visuals: Visual) -> Family:
+def family(
+    *classes: str, check: Callable[[nn.Module], None] = fits, towers: tuple[TowerKind, ...] = (), **visuals: Visual
+) -> Family:
     """The family of `classes` with its modalities by transformers' names: image=, video=.
 
     Placeholders are the config's `image_token_id`, `video_token_id`; encoders `get_image_features`, ...
@@ -39,7 +42,7 @@ def family(*classes: str, check: Callable[[nn.Module], None] = fits, **visuals: 
     methods = {
         (method := f"get_{name}_features"): functools.partial(_note, visual, method) for name, visual in visuals.items()
     }
-    return Family(classes, functools.partial(_read_layout, visuals), methods, check=check)
+    return Family(classes, functools.partial(_read_layout, visuals), methods, check=check, towers=towers)
 
 
 def _read_layout(visuals: dict[str, Visual], outer, arguments: dict, past: int) -> VisualLayout | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .placeholders import Grid, Visual, family
+from .tower_qwen import QWEN2_5_TOWER, QWEN2_TOWER, QWEN3_TOWER
 
 
 def _merged(outer: nn.Module, grid_thw) -> list[Grid]:
@@ -34,12 +35,14 @@ QWEN2_VL = family(
     "Qwen2VLModel",
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen2_5_VLModel",
+    towers=(QWEN2_TOWER, QWEN2_5_TOWER),
     image=_IMAGE,
     video=Visual("pixel_values_videos", _video_grids),
 )
 QWEN3_VL = family(
     "Qwen3VLForConditionalGeneration",
     "Qwen3VLModel",
+    towers=(QWEN3_TOWER,),
     image=_IMAGE,
     video=Visual("pixel_values_videos", _frame_grids),
 )

@@ -59,6 +59,7 @@ def _outer_around_lanes(state, plain, *args, **kwargs):
 def _read_layout(state, args, kwargs) -> VisualLayout | None:
     arguments = bound(type(state.outer).forward, state.outer, args, kwargs)
     past = cache_among(arguments)
+    state.running.plan = state.plan_of(past) if state.tower is not None else None
     return state.family.read_layout(state.outer, arguments, 0 if past is None else past.get_seq_length())
 
 
@@ -91,6 +92,8 @@ def generate(state, plain, *args, vis_sparse_plan: str | None = None, **kwargs):
             f"vis_sparse_plan: got {vis_sparse_plan!r}, expected one of {', '.join(state.plans)}, those given to patch"
         )
     asked = held(state.text_model, "plan") if vis_sparse_plan is None else vis_sparse_plan
+    if asked is None and state.tower is not None:
+        asked = state.plan_of(cache_among(kwargs))  # encoders run before anybody looks at the cache
     # where the outer model splices features in, its columns are known later, and noted then
     spliced = state.model is state.outer or prompt is None
     generating = Running(prompt_ends=None if spliced else np.array([prompt.shape[1]]))

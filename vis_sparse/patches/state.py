@@ -46,6 +46,7 @@ from .family import Family, Running
 from .saving import save_pretrained
 from .scopes import held
 from .static import check_causal, columns_read, step
+from .tower_patch import PatchedTower
 from .wraps import blocks, check_devices, check_structure, check_wraps, refuse_replicas
 
 
@@ -75,6 +76,7 @@ class PatchState:
         self.step_graphs = {name: StepGraphs(executor) for name, executor in self.executors.items() if graphs}
         self.default = next(iter(plans))
         self.measured: MeasuredPlan | None = None  # by which "auto" was chosen
+        self.tower: PatchedTower | None = None  # where a plan has a section for it
         # plan and tables of the last call that ran in lanes, and of the last whole prompt among them: to look at
         self.last: tuple[str, Packing | StepPacking] | None = None
         self.last_prompt: tuple[str, Packing] | None = None
@@ -85,7 +87,7 @@ class PatchState:
     @property
     def block(self) -> dict:
         """What a checkpoint saved from the model carries."""
-        return to_block(self.plans, *self._sizes)
+        return to_block(self.plans, *self._sizes, None if self.tower is None else self.tower.sizes)
 
     # Installing
 
@@ -107,6 +109,8 @@ class PatchState:
         for saved in {id(each): each for each in (self.model, self._whole)}.values():
             if hasattr(saved, "save_pretrained"):
                 self._replace(saved, "save_pretrained", save_pretrained)
+        for module, name, function in () if self.tower is None else self.tower.replaced():
+            self._replace(module, name, function)
 
     def _replace(self, module: nn.Module, name: str, function) -> None:
         """Set `module.name` to `function(state, plain, ...)`, plain: what stood there. A partial: those pickle."""

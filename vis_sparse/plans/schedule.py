@@ -86,3 +86,22 @@ def _zero(layer, heads, group, num_kv_heads, ffn_size, needed) -> LayerWork:
     value_heads = heads if layer.text_reads else ()
     every = tuple(range(num_kv_heads))
     return LayerWork(query_heads, every, value_heads, layer.attention, True, True, layer.neurons(ffn_size))
+
+
+def tower_schedule(plan: VisualPlan, num_heads: int, ffn_size: int, has_globals: bool) -> tuple[LayerWork | None, ...]:
+    """The work of every layer of a vision encoder on its patches; None for a layer that is off, for global tokens too.
+
+    All rows are wanted behind the last layer, so nothing stops before it. has_globals: whether class tokens read the
+    keys of patches. Head budgets must be resolved to masks before.
+    """
+    plan.check_fits(plan.num_layers, num_heads, ffn_size)
+    return tuple(_of_tower(layer, num_heads, ffn_size, has_globals) for layer in plan.layers)
+
+
+def _of_tower(layer: LayerPlan, num_heads: int, ffn_size: int, has_globals: bool) -> LayerWork | None:
+    if layer == LayerPlan.off():
+        return None
+    heads, attends = _active_heads(layer, num_heads), layer.attention != "none"
+    key_heads = heads if attends or has_globals else ()
+    query_heads, neurons = heads if attends else (), layer.neurons(ffn_size)
+    return LayerWork(query_heads, key_heads, heads, layer.attention, has_globals, False, neurons, layer.tokens)

@@ -1,0 +1,236 @@
+"""The index tables of one call of a vision encoder: which rows are an image's, who is whose neighbour, who reads whom.
+
+Rows of a call are brought into one order: global tokens (class tokens) first, then the patches, image after image (or,
+where the model has windows of its own, window after window) in raster order, packed: ragged images cost no padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..kernels import Backend
+from ..kernels.patterns import TextPattern, VisualPattern
+from ..layout.packing import Coordinates, on_device, text_coordinates
+from ..plans.layer_plan import Neighborhood, TokenBudget
+from .tokens import choose
+
+
+class TowerRows(NamedTuple):
+    """Where the rows of an encoder's call lie, (rows,) each, in the model's own order.
+
+    sequence: the image or frame that a row is of, within which rows attend. y, x: place of a patch in it; -1: a global
+    token. window: within which rows attend in layers that have windows; None without any. Windows and global tokens
+    do not come together.
+    """
+
+    sequence: np.ndarray
+    y: np.ndarray
+    x: np.ndarray
+    window: np.ndarray | None = None
+
+
+class _Parts(NamedTuple):
+    """What rows attend within: for each patch its part, its place there, and the part's height and width."""
+
+    part: np.ndarray
+    y: np.ndarray
+    x: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
+
+    @classmethod
+    def of(cls, part: np.ndarray, y: np.ndarray, x: np.ndarray) -> _Parts:
+        _, part = np.unique(part, return_inverse=True)
+        sides = []
+        for place in (y, x):
+            first, last = np.full(part.max(initial=-1) + 1, np.iinfo(np.int64).max), np.zeros(part.max(initial=-1) + 1)
+            np.minimum.at(first, part, place)
+            np.maximum.at(last, part, place)
+            sides.append((place - first[part], (last - first + 1).astype(np.int64)[part]))
+        (y, height), (x, width) = sides
+        return cls(part, y, x, height, width)
+
+    def take(self, index) -> _Parts:
+        return _Parts(*(array[index] for array in self))
+
+
+class TowerTables:
+    """The tables of a call, or of the layers of it that only some patches reach.
+
+    index: (rows,) row of the model's order of every row here; None if they are the same. num_rows: of the call.
+    """
+
+    def __init__(self, rows: TowerRows, device: torch.device):
+        is_patch = rows.y >= 0
+        grouped = rows.sequence if rows.window is None else rows.window
+        order = np.lexsort((rows.x, rows.y, grouped, is_patch))
+        self.num_globals = int((~is_patch).sum())
+        patches = order[self.num_globals :]
+        place = rows.sequence[patches], rows.y[patches], rows.x[patches]
+        self._sequence = np.unique(rows.sequence[order], return_inverse=True)[1]  # of all rows
+        self._parts = {False: _Parts.of(*place)}
+        self._parts[True] = self._parts[False] if rows.window is None else _Parts.of(rows.window[patches], *place[1:])
+        self.device, self._order, self.num_rows = device, order, len(order)
+        self._derived: dict = {}
+
+    @property
+    def index(self) -> torch.Tensor | None:
+        return self._kept("index", self._make_index)
+
+    def _make_index(self) -> torch.Tensor | None:
+        if np.array_equal(self._order, np.arange(self.num_rows)):
+            return None
+        return on_device(self._order, self.device)
+
+    @property
+    def back(self) -> torch.Tensor | None:
+        """(rows of the call,) row here of every row of the model's order, where all are here; None if some left."""
+        complete = len(self._order) == self.num_rows
+        return self._kept("back", lambda: on_device(np.argsort(self._order), self.device)) if complete else None
+
+    def _kept(self, key, build: Callable):
+        if key not in self._derived:
+            self._derived[key] = build()
+        return self._derived[key]
+
+    def keep(self, budget: TokenBudget, layer: int, scores: np.ndarray | None) -> TowerTables:
+        """The tables of the layers behind one after which `budget` lets patches leave, the same share of every image.
+
+        scores: (patches,), the higher the sooner one stays, for orders that have them.
+        """
+        return (
+            self._keep(budget, layer, scores)
+            if scores is not None
+            else self._kept((budget, layer), lambda: self._keep(budget, layer, None))
+        )
+
+    def _keep(self, budget: TokenBudget, layer: int, scores: np.ndarray | None) -> TowerTables:
+        order, patches = self._raster(False), self._coordinates(self._parts[False])
+        chosen = choose(budget, layer, patches.take(order), None if scores is None else scores[order])
+        kept = np.sort(order[chosen])
+        left = object.__new__(TowerTables)
+        rows = np.concatenate([np.arange(self.num_globals), self.num_globals + kept])
+        left.num_globals, left.device, left.num_rows = self.num_globals, self.device, self.num_rows
+        left._order, left._sequence = self._order[rows], self._sequence[rows]
+        left._parts = {windowed: parts.take(kept) for windowed, parts in self._parts.items()}
+        left._derived = {}
+        return left
+
+    def _raster(self, windowed: bool) -> np.ndarray:
+        """The patches part after part, each in raster order."""
+        parts = self._parts[windowed]
+        return np.lexsort((parts.x, parts.y, parts.part))
+
+    @staticmethod
+    def _coordinates(parts: _Parts) -> Coordinates:
+        zero = np.zeros_like(parts.part)
+        return Coordinates(parts.part, zero, parts.part, zero, *parts[1:], np.ones(len(zero), dtype=bool))
+
+    def attend_all(self, query, key, value, windowed: bool, backend: Backend, scale: float, only_globals=False):
+        """Every row over all rows of its part; (rows, heads, head_dim) each. only_globals: queries are their rows."""
+        outs = []
+        groups, back = self._kept(("all", windowed), lambda: self._groups(windowed))
+        for index, globals_, pattern, of_globals in groups:
+            keys, values = (_by_group(rows, index) for rows in (key, value))
+            if only_globals:
+                outs.append(backend.text_attention(query[globals_], keys, values, of_globals, scale).flatten(0, 1))
+            else:
+                queries = _by_group(query, index)
+                outs.append(backend.text_attention(queries, keys, values, pattern, scale).flatten(0, 1))
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        if only_globals:
+            order = torch.cat([globals_.flatten() for _, globals_, _, _ in groups])
+            return torch.empty_like(out).index_copy(0, order, out)
+        return out if back is None else out.index_select(0, back)
+
+    def _groups(self, windowed: bool):
+        """Parts of one size each: their rows (parts, size), those of global tokens, and the patterns of both; and where
+        the rows are in the groups' outputs, one after the other, None if that is their order."""
+        part = self._sequence if self.num_globals else self._parts[windowed].part
+        order = np.argsort(part, kind="stable")
+        sizes = np.bincount(part)
+        starts, groups, places = np.cumsum(sizes) - sizes, [], []
+        for size in np.unique(sizes[sizes > 0]):
+            index = order[starts[sizes == size][:, None] + np.arange(size)]
+            each = int((index[0] < self.num_globals).sum())  # a part's global tokens come first
+            patterns = (self._reads_all(len(index), queries, int(size)) for queries in (int(size), each))
+            places.append(index.ravel())
+            groups.append((on_device(index, self.device), on_device(index[:, :each], self.device), *patterns))
+        places = np.concatenate(places)
+        if np.array_equal(places, np.arange(len(places))):
+            groups = [((groups[0][0].shape), *groups[0][1:])] if len(groups) == 1 else groups
+            return groups, None
+        return groups, on_device(np.argsort(places), self.device)
+
+    def _reads_all(self, parts: int, queries: int, keys: int) -> TextPattern:
+        column = np.broadcast_to(np.arange(keys), (parts, keys))
+        sample = np.broadcast_to(np.arange(parts)[:, None], column.shape)
+        slots = text_coordinates(sample, column, np.ones(column.shape, dtype=bool))
+        return TextPattern(np.full((parts, queries), keys), slots, None, self.device)
+
+    def attend_globals(self, query, key, value, backend: Backend, scale: float):
+        """Global tokens over those of their image alone."""
+        parts = len(np.unique(self._sequence[: self.num_globals]))
+        each = self.num_globals // parts
+        pattern = self._kept("globals", lambda: self._reads_all(parts, each, each))
+        rows = (rows.unflatten(0, (parts, each)) for rows in (query, key, value))
+        return backend.text_attention(*rows, pattern, scale).flatten(0, 1)
+
+    def attend_near(
+        self, query, key, value, near: Neighborhood, windowed: bool, backend: Backend, scale: float
+    ) -> torch.Tensor:
+        """Patches over their neighbours and the global tokens of their image.
+
+        query (patches, heads, head_dim); key, value (rows, heads, head_dim).
+        """
+        order, back, slots, pattern = self._kept((near, windowed), lambda: self._near(near, windowed))
+        query = query if order is None else query.index_select(0, order)
+        key, value = (_by_group(rows, slots) for rows in (key, value))
+        out = backend.visual_attention(query, key, value, pattern, scale)
+        return out if back is None else out.index_select(0, back)
+
+    def _near(self, near: Neighborhood, windowed: bool):
+        parts, order = self._parts[windowed], self._raster(windowed)
+        patches = self._coordinates(parts).take(order)
+        column = np.arange(len(order))
+        if not self.num_globals:
+            # without text between them all parts are segments of one sample: nothing is padded
+            patches = patches._replace(sample=np.zeros_like(order), column=column)
+            slots, index = patches.take(np.s_[None]), order[None]
+        else:
+            samples = int(self._sequence.max()) + 1
+            column = column + self.num_globals
+            of_globals = self._sequence[: self.num_globals]
+            text = text_coordinates(of_globals, np.arange(self.num_globals), np.ones(self.num_globals, dtype=bool))
+            patches = patches._replace(column=column)
+            rows = Coordinates(*(np.concatenate(pair) for pair in zip(text, patches)))
+            place = np.concatenate([np.arange(self.num_globals), self.num_globals + order])
+            slots, index = _padded(rows, place, samples)
+        pattern = VisualPattern(near, patches, slots, self.device)
+        in_order = np.array_equal(order, np.arange(len(order)))
+        whole = np.array_equal(index.ravel(), np.arange(self.num_globals + len(order)))
+        slots = index.shape if whole else on_device(index, self.device)
+        if in_order:
+            return None, None, slots, pattern
+        return on_device(order, self.device), on_device(np.argsort(order), self.device), slots, pattern
+
+
+def _padded(rows: Coordinates, place: np.ndarray, samples: int) -> tuple[Coordinates, np.ndarray]:
+    """Slots (samples, slots) of rows, those of shorter samples padded at the end, and the place of each."""
+    sizes = np.bincount(rows.sample, minlength=samples)
+    order = np.argsort(rows.sample, kind="stable")
+    valid = np.arange(sizes.max()) < sizes[:, None]
+    index = np.zeros(valid.shape, dtype=np.int64)
+    index[valid] = order
+    return rows.take(index)._replace(valid=valid), np.where(valid, place[index], 0)
+
+
+def _by_group(rows: torch.Tensor, index: torch.Tensor | tuple[int, int]) -> torch.Tensor:
+    """Rows at an index of two dimensions; its shape where it is all of them in order."""
+    if isinstance(index, torch.Tensor):
+        return rows.index_select(0, index.flatten()).unflatten(0, index.shape)
+    return rows.unflatten(0, tuple(index))
