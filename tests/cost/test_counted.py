@@ -117,6 +117,15 @@ def frames_of_qwen(kind, vision):
     return model, lambda: model.model.get_video_features(pixel_values_videos=pixels, video_grid_thw=grid)
 
 
+WINDOWED = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "out_hidden_size": 24,
+    "window_size": 56,
+    "fullatt_block_indexes": [1],
+}
+
+
 @pytest.mark.parametrize(
     ("made", "size"),
     [
@@ -130,8 +139,10 @@ def frames_of_qwen(kind, vision):
             ),
             (64, 96),
         ),
+        # two windows down, two across, cut off; one layer of three matrices in windows and one without
+        (lambda: frames_of_qwen("Qwen2_5_VL", WINDOWED), (56, 84)),
     ],
-    ids=["llava-next-video", "llava-onevision", "qwen2-vl", "qwen3-vl"],
+    ids=["llava-next-video", "llava-onevision", "qwen2-vl", "qwen3-vl", "qwen2.5-vl"],
 )
 def test_the_vision_tower_and_the_projector_of_a_video_are_what_torch_counts(made, size):
     model, forward = made()

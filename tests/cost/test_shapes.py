@@ -114,7 +114,7 @@ def test_something_else_is_refused():
 
 def test_llava_15_takes_every_image_to_one_grid():
     encoded = load_shape("llava-1.5-7b").image.encode(123, 4567)
-    assert (encoded.grids, encoded.sequences, encoded.projected) == (((1, 24, 24),), (576,), 576)
+    assert (encoded.grids, encoded.sequences, encoded.projected) == (((1, 24, 24),), ((24, 24),), 576)
 
 
 @given(sizes)
@@ -125,7 +125,7 @@ def test_llava_next_grids_are_transformers(size):
     unpadded = unpad_image(torch.empty(1, 24 * down, 24 * across, device="meta"), size)
     _, rows, columns = unpadded.shape
     assert encoded.grids == ((1, 24, 24), (1, rows, columns + 1))
-    assert encoded.sequences == (576,) * (1 + down * across)
+    assert encoded.sequences == ((24, 24),) * (1 + down * across)
     assert encoded.projected == 576 * (1 + down * across)
 
 
@@ -145,7 +145,7 @@ def test_qwen2_vl_grids_are_transformers(size):
     rows, columns = smart_resize(height, width, 28, QWEN.min_pixels, QWEN.max_pixels)
     encoded = QWEN.encode(height, width)
     assert encoded.grids == ((1, rows // 28, columns // 28),)
-    assert encoded.sequences == (rows * columns // 14**2,)
+    assert encoded.sequences == ((rows // 14, columns // 14),)
     assert encoded.projected == rows * columns // 28**2
 
 
@@ -156,7 +156,7 @@ def test_internvl_tiles_are_transformers(size):
     assert INTERN.arrangement(*size) == (rows, columns)
     tiles = rows * columns + (rows * columns > 1)
     assert encoded.grids == ((1, 16, 16),) * tiles
-    assert encoded.sequences == (1024,) * tiles
+    assert encoded.sequences == ((32, 32),) * tiles
     assert encoded.projected == 256 * tiles
 
 
@@ -194,7 +194,7 @@ def test_videos_of_qwen2_vl_are_transformers(video):
     for rule in (load_shape("qwen2-vl-7b").video, shape_of_config(Qwen2_5_VLConfig(), "qwen2.5").video):
         encoded = rule.encode(*video)
         assert encoded.grids == ((times, rows // 2, columns // 2),)
-        assert encoded.sequences == (rows * columns,) * times
+        assert encoded.sequences == ((rows, columns),) * times
         assert encoded.projected == times * rows * columns // 4
 
 
@@ -208,7 +208,7 @@ def test_videos_of_qwen3_vl_are_transformers(video):
     times, rows, columns = processed(processor, *video)
     encoded = QWEN3.video.encode(*video)
     assert encoded.grids == ((1, rows // 2, columns // 2),) * times
-    assert encoded.sequences == (rows * columns,) * times
+    assert encoded.sequences == ((rows, columns),) * times
     assert encoded.projected == times * rows * columns // 4
 
 
@@ -225,7 +225,8 @@ def test_numbers_of_qwen_video_patches_are_transformers(frames, size):
         (load_shape("qwen2-vl-7b").video, Qwen2VLVideoProcessor(cap_pixels_per_frame=False)),
         (QWEN3.video, Qwen3VLVideoProcessor(size=QWEN3_BOUNDS, cap_pixels_per_frame=False)),
     ):
-        assert sum(rule.encode(frames, *size).sequences) == processor.get_num_of_video_patches(frames, *size, {})
+        patches = sum(height * width for height, width in rule.encode(frames, *size).sequences)
+        assert patches == processor.get_num_of_video_patches(frames, *size, {})
 
 
 @pytest.mark.parametrize("frames", [1, 16])
@@ -288,9 +289,10 @@ def test_configs_of_the_other_families():
     assert shape.projector == ((4096, 64), (64, 64))
     vip = shape_of_config(VipLlavaConfig(), "vip")
     assert (vip.image.grid, vip.projector[0]) == ((24, 24), (5 * 1024, 4096))
+    assert vip.vision.unread == 1
     qwen = shape_of_config(Qwen2_5_VLConfig(), "qwen2.5")
     assert (qwen.image, qwen.video) == (load_shape("qwen2-vl-7b").image, load_shape("qwen2-vl-7b").video)
-    assert (qwen.vision, qwen.projector, qwen.qkv_bias) == (None, (), True)
+    assert (qwen.vision.window, qwen.vision.full, qwen.vision.gated, qwen.qkv_bias) == (8, (7, 15, 23, 31), True, True)
 
 
 def test_a_pooling_that_computes_is_no_rule_of_videos():

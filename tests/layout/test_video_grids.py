@@ -6,7 +6,7 @@ from vis_sparse.layout.video_grids import FixedFrames, ResizedFrames
 def test_frames_of_one_size():
     joined = FixedFrames(patches=16, projected=4, grid=(2, 2), is_joined=True, newline=True).encode(3, 99, 50)
     assert joined.grids == ((3, 2, 2), (1, 1, 1))
-    assert joined.sequences == (16, 16, 16) and joined.projected == 12
+    assert joined.sequences == ((4, 4),) * 3 and joined.projected == 12
     apart = FixedFrames(patches=16, projected=4, grid=(2, 2), is_joined=False).encode(3, 99, 50)
     assert apart.grids == ((1, 2, 2),) * 3 and apart.projected == 12
 

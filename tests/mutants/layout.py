@@ -137,8 +137,8 @@ MUTANTS = mutants((
     ),
     (
         "newlines among the frames", VIDEOS,
-        "return EncodedImage(grids + newline, (self.patches,) * frames",
-        "return EncodedImage(newline + grids, (self.patches,) * frames",
+        "return EncodedImage(grids + newline, ((side, side),) * frames",
+        "return EncodedImage(newline + grids, ((side, side),) * frames",
         "layout/test_video_grids.py::test_frames_of_one_size",
     ),
 ))  # fmt: skip

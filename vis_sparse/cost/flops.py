@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 
 from ..layout.image_grids import EncodedImage, Grid, ShapeError
 from ..layout.layout import LayoutError, VisualLayout
-from ..plans.budgets import resolve_heads
+from ..plans.budgets import resolve_heads, resolve_tower
 from ..plans.files import as_plan
 from ..plans.layer_plan import PlanError, brief
 from ..plans.plan import PlanRecipe, VisualPlan
@@ -30,6 +30,7 @@ from .report import CostReport
 from .shape_config import MODEL_TYPES
 from .shape_lookup import as_shape
 from .shapes import ModelShape
+from .tower import patch_embedding, tower_layers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,7 +63,8 @@ def flops(
     samples; a given layout is repeated to fill it. heads: as in `resolve_heads`; the default lets the first heads
     stand in for a budget's. kv_dtype_bytes: bytes of a cached value.
 
-    Under "executed", plan "dense" is the whole unpatched model, causal scores n(n+1)/2. The other conventions have no
+    Under "executed", plan "dense" is the whole unpatched model, causal scores n(n+1)/2; its vision tower runs the
+    layers behind the feature layer too, which a plan with a tower section does not. The other conventions have no
     grouped KV heads (MHA of the model's width), and charge nothing after the last layer in which text reads visual
     tokens, whatever the plan's semantics.
 
@@ -73,6 +75,7 @@ def flops(
     shape = as_shape(model)
     plan = resolve_heads(as_plan(plan, shape.layers), shape.heads, shape.kv_heads, heads)
     plan.check_fits(shape.layers, shape.heads, shape.ffn)
+    plan = _with_tower(shape, plan)
     encoded = ()
     if layout is None:
         encoded = _encode(shape, images, image_size, video_frames)
@@ -86,8 +89,7 @@ def flops(
         decode = dataclasses.replace(decode, lm_head=lm_head)
         prefill = dataclasses.replace(prefill, lm_head=lm_head)
         if encoded and shape.vision:
-            tower, projector = _vision_tower(shape, encoded), _projector(shape, encoded)
-            prefill = dataclasses.replace(prefill, vision_tower=tower, projector=projector)
+            prefill = dataclasses.replace(prefill, **_apart(shape, plan, encoded))
     work = schedule(plan, shape.heads, shape.kv_heads, shape.ffn)
     left = tuple(tokens.rows for tokens in tokens_by_layer((item.tokens for item in work), layout, text_tokens))
     per_head = 2 * shape.head_dim * kv_dtype_bytes  # K and V
@@ -115,7 +117,8 @@ def resolved(plan: str, shape: ModelShape, calibration: Path | None) -> VisualPl
     if calibration is not None:
         heads, calibration = None, Calibration.load(calibration)
         calibration.check_fits(shape.layers, shape.heads, shape.kv_heads, shape.ffn)
-    return resolve_heads(as_plan(plan, shape.layers), shape.heads, shape.kv_heads, heads, calibration)
+    chosen = resolve_heads(as_plan(plan, shape.layers), shape.heads, shape.kv_heads, heads, calibration)
+    return _with_tower(shape, chosen)
 
 
 def _encode(
@@ -152,17 +155,26 @@ def _in_a_row(grids: list[Grid], text_tokens: int, text_before: int) -> VisualLa
     return VisualLayout.from_grids([placed])
 
 
-def _vision_tower(shape: ModelShape, encoded: tuple[EncodedImage, ...]) -> int:
+def _with_tower(shape: ModelShape, plan: VisualPlan) -> VisualPlan:
+    """`plan` with its tower section resolved for the model's encoder; the first heads stand in for a budget's."""
+    if plan.tower is None:
+        return plan
+    if shape.vision is None:
+        raise PlanError(
+            f"plan {plan.name!r}: tower: got a section for {shape.name}, whose encoder is not described, expected a "
+            "model with one"
+        )
     vision = shape.vision
-    total = 0
-    for patches in (count for image in encoded for count in image.sequences):
-        rows = patches + vision.class_token
-        matrices = rows * vision.hidden * (4 * vision.hidden + 2 * vision.ffn)
-        scores = 2 * rows * rows * vision.hidden
-        total += 2 * patches * vision.patch_values * vision.hidden + 2 * vision.layers * (matrices + scores)
-    return total
+    return resolve_tower(plan, vision.layers, vision.heads, vision.ffn, "first")
 
 
-def _projector(shape: ModelShape, encoded: tuple[EncodedImage, ...]) -> int:
+def _apart(shape: ModelShape, plan: VisualPlan, encoded: tuple[EncodedImage, ...]) -> dict:
+    """The fields of a `PassCost` for what comes before the decoder."""
+    grids = [grid for image in encoded for grid in image.sequences]
+    layers = tower_layers(shape.vision, plan.tower, grids)
     rows = sum(image.projected for image in encoded)
-    return 2 * rows * sum(inputs * outputs for inputs, outputs in shape.projector)
+    return {
+        "tower_layers": layers,
+        "vision_tower": patch_embedding(shape.vision, grids) + sum(layer.total for layer in layers),
+        "projector": 2 * rows * sum(inputs * outputs for inputs, outputs in shape.projector),
+    }

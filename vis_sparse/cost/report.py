@@ -37,13 +37,15 @@ class LayerCost:
 
 @dataclass(frozen=True, slots=True)
 class PassCost:
-    """FLOPs of one forward pass: the decoder layers, and apart from them what no plan changes.
+    """FLOPs of one forward pass: the decoder layers, and apart from them what comes before and behind.
 
     vision_tower, projector, lm_head: None where they are not counted. The LM head is counted for one row a sample,
-    as `generate` runs it.
+    as `generate` runs it. tower_layers: of the vision tower, class tokens in the text lane; the tower is these and its
+    patch embedding.
     """
 
     layers: tuple[LayerCost, ...]
+    tower_layers: tuple[LayerCost, ...] = ()
     vision_tower: int | None = None
     projector: int | None = None
     lm_head: int | None = None
@@ -57,6 +59,11 @@ class PassCost:
     def whole(self) -> int:
         """The decoder layers and everything counted apart from them."""
         return self.total + sum(part or 0 for part in (self.vision_tower, self.projector, self.lm_head))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether everything is counted, from pixels to logits."""
+        return None not in (self.vision_tower, self.projector, self.lm_head)
 
     def part(self, name: str, lane: str | None = None) -> int:
         """FLOPs of one part ("qkv", "scores", "out", "ffn") over all layers, of one lane or of both."""
@@ -93,7 +100,7 @@ class CostReport:
 
     @property
     def total(self) -> int:
-        """FLOPs of the decoder layers in prefill. Ratios between plans are ratios of this."""
+        """FLOPs of the decoder layers in prefill; `prefill.whole` has everything from pixels to logits."""
         return self.prefill.total
 
     @property

@@ -73,13 +73,21 @@ def _llava(config) -> dict:
         "vision": VisionShape(
             vision.num_hidden_layers,
             vision.hidden_size,
+            vision.num_attention_heads,
             vision.intermediate_size,
             vision.num_channels * vision.patch_size**2,
             vision.model_type == "clip_vision_model",
+            unread=_unread(levels, vision.num_hidden_layers),
         ),
         "projector": ((inputs, config.text_config.hidden_size), (config.text_config.hidden_size,) * 2),
         "image": FixedGrid(grid=(side, side), default_size=(vision.image_size,) * 2),
     }
+
+
+def _unread(levels, layers: int) -> int:
+    """Layers behind the last one whose output is among a model's features (0: what goes into the first layer)."""
+    levels = levels if isinstance(levels, list | tuple) else [levels]
+    return layers - max(level % (layers + 1) for level in levels)
 
 
 def _llava_next(config) -> dict:
@@ -121,9 +129,7 @@ def _llava_onevision(config) -> dict:
 
 # Pixel bounds are the processors', which a config does not hold. Here: those that released checkpoints come with, and
 # for videos of Qwen2-VL and Qwen2.5-VL the defaults of the video processor, a bound for each frame, none for the whole.
-def _qwen2_5_vl(config) -> dict:
-    # the tower, in windows and with a gated FFN, is not described: neither it nor the projector is counted
-    vision = config.vision_config
+def _qwen2_rules(vision) -> dict:
     sides = {"patch": vision.patch_size, "merge": vision.spatial_merge_size}
     return {
         "image": SmartResize(**sides, min_pixels=3136, max_pixels=12845056, default_size=(1008, 1008)),
@@ -134,7 +140,19 @@ def _qwen2_5_vl(config) -> dict:
 def _qwen2_vl(config) -> dict:
     vision = config.vision_config
     ffn = int(vision.embed_dim * vision.mlp_ratio)
-    return _qwen2_5_vl(config) | _qwen_tower(vision, vision.embed_dim, ffn, vision.hidden_size, mergers=1)
+    return _qwen2_rules(vision) | _qwen_tower(vision, vision.embed_dim, ffn, vision.hidden_size, mergers=1)
+
+
+def _qwen2_5_vl(config) -> dict:
+    vision = config.vision_config
+    merge = vision.spatial_merge_size
+    window = {
+        "gated": True,
+        "window": vision.window_size // merge // vision.patch_size * merge,
+        "full": tuple(vision.fullatt_block_indexes),
+    }
+    sizes = vision.hidden_size, vision.intermediate_size, vision.out_hidden_size
+    return _qwen2_rules(vision) | _qwen_tower(vision, *sizes, mergers=1, **window)
 
 
 def _qwen3_vl(config) -> dict:
@@ -148,11 +166,11 @@ def _qwen3_vl(config) -> dict:
     }
 
 
-def _qwen_tower(vision, hidden: int, ffn: int, width: int, mergers: int) -> dict:
+def _qwen_tower(vision, hidden: int, ffn: int, width: int, mergers: int, **more) -> dict:
     merged = hidden * vision.spatial_merge_size**2
     values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     return {
-        "vision": VisionShape(vision.depth, hidden, ffn, values, False),
+        "vision": VisionShape(vision.depth, hidden, vision.num_heads, ffn, values, False, **more),
         "projector": ((merged, merged), (merged, width)) * mergers,
     }
 
@@ -168,9 +186,12 @@ def _internvl(config) -> dict:
         "vision": VisionShape(
             vision.num_hidden_layers,
             vision.hidden_size,
+            vision.num_attention_heads,
             vision.intermediate_size,
             vision.num_channels * patch**2,
             True,
+            unread=_unread(config.vision_feature_layer, vision.num_hidden_layers),
+            whole_norms=vision.use_qk_norm,
         ),
         "projector": ((vision.hidden_size * merge**2, width), (width, width)),
         "image": Tiles(

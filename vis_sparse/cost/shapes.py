@@ -10,17 +10,32 @@ from ..layout.video_grids import VideoRule
 
 @dataclass(frozen=True, slots=True)
 class VisionShape:
-    """A plain ViT: `layers` of width `hidden` with a two-matrix FFN of `ffn` neurons.
+    """A ViT: `layers` of width `hidden` with `heads` heads and an FFN of `ffn` neurons in two matrices.
 
     patch_values: inputs of the patch embedding (channels x patch area x frames). class_token: one row more than there
-    are patches.
+    are patches. unread: last layers whose results the model does not use, which run all the same where the encoder is
+    unpatched. gated: an FFN of three matrices. whole_norms: queries and keys are normed over all heads at once.
+    window: side, in patches, of the windows within which rows attend; 0: none. full: layers that have none anyway.
     """
 
     layers: int
     hidden: int
+    heads: int
     ffn: int
     patch_values: int
     class_token: bool
+    unread: int = 0
+    gated: bool = False
+    whole_norms: bool = False
+    window: int = 0
+    full: tuple[int, ...] = ()
+
+    @property
+    def layers_read(self) -> int:
+        return self.layers - self.unread
+
+    def is_windowed(self, layer: int) -> bool:
+        return self.window > 0 and layer not in self.full
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,12 +20,12 @@ class ShapeError(ValueError):
 class EncodedImage:
     """What one image or video becomes.
 
-    grids: (frames, height, width) in tokens of each segment, in sequence order. sequences: patches of each sequence
-    that the vision tower attends within, class token not counted. projected: rows that pass through the projector.
+    grids: (frames, height, width) in tokens of each segment, in sequence order. sequences: (height, width) in patches
+    of each sequence that the vision tower attends within. projected: rows that pass through the projector.
     """
 
     grids: tuple[Grid, ...]
-    sequences: tuple[int, ...]
+    sequences: tuple[tuple[int, int], ...]
     projected: int
 
 
@@ -52,7 +52,7 @@ class FixedGrid(ImageRule):
 
     def encode(self, height: int, width: int) -> EncodedImage:
         size = self.grid[0] * self.grid[1]
-        return EncodedImage(((1, *self.grid),), (size,), size)
+        return EncodedImage(((1, *self.grid),), (self.grid,), size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class AnyRes(ImageRule):
         rows, columns = self._unpadded(down * self.grid[0], across * self.grid[1], height, width)
         size = self.grid[0] * self.grid[1]
         tiles = 1 + down * across
-        return EncodedImage(((1, *self.grid), (1, rows, columns + 1)), (size,) * tiles, size * tiles)
+        return EncodedImage(((1, *self.grid), (1, rows, columns + 1)), (self.grid,) * tiles, size * tiles)
 
     def best_pinpoint(self, height: int, width: int) -> tuple[int, int]:
         """The pinpoint that keeps most of the image's pixels, and wastes least among those."""
@@ -116,7 +116,7 @@ class OneVision(AnyRes):
 
     def encode_one_of_several(self) -> EncodedImage:
         size = self.grid[0] * self.grid[1]
-        return EncodedImage(((1, *self.grid), (1, 1, 1)), (size,), size)
+        return EncodedImage(((1, *self.grid), (1, 1, 1)), (self.grid,), size)
 
 
 def smart_resize(
@@ -151,8 +151,8 @@ class SmartResize(ImageRule):
 
     def encode(self, height: int, width: int) -> EncodedImage:
         rows, columns = smart_resize(height, width, self.patch * self.merge, self.min_pixels, self.max_pixels)
-        tokens = rows * columns
-        return EncodedImage(((1, rows, columns),), (tokens * self.merge**2,), tokens)
+        patches = rows * self.merge, columns * self.merge
+        return EncodedImage(((1, rows, columns),), (patches,), rows * columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,7 @@ class Tiles(ImageRule):
             tiles += 1
         side = self.tile // self.patch
         merged = side // self.merge
-        return EncodedImage(((1, merged, merged),) * tiles, (side**2,) * tiles, tiles * merged**2)
+        return EncodedImage(((1, merged, merged),) * tiles, ((side, side),) * tiles, tiles * merged**2)
 
     def arrangement(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of tiles. Of equally near shapes, more tiles only where the image has the pixels for them."""

@@ -16,9 +16,9 @@ from .image_grids import EncodedImage, ShapeError, smart_resize
 class FixedFrames:
     """Every frame is resized to one square (InternVL, LLaVA-NeXT-Video, LLaVA-OneVision).
 
-    patches: of a frame in the vision tower. projected: of its rows, those that pass through the projector. grid:
-    (height, width) of a frame in tokens. is_joined: all frames are one segment, else each is its own. newline: a token
-    after the last frame.
+    patches: of a frame in the vision tower, a square. projected: of its rows, those that pass through the projector.
+    grid: (height, width) of a frame in tokens. is_joined: all frames are one segment, else each is its own. newline: a
+    token after the last frame.
     """
 
     patches: int
@@ -30,7 +30,8 @@ class FixedFrames:
     def encode(self, frames: int, height: int, width: int) -> EncodedImage:
         grids = ((frames, *self.grid),) if self.is_joined else ((1, *self.grid),) * frames
         newline = ((1, 1, 1),) if self.newline else ()
-        return EncodedImage(grids + newline, (self.patches,) * frames, self.projected * frames)
+        side = math.isqrt(self.patches)
+        return EncodedImage(grids + newline, ((side, side),) * frames, self.projected * frames)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,8 @@ class ResizedFrames:
 
     def encode(self, frames: int, height: int, width: int) -> EncodedImage:
         rows, columns = smart_resize(height, width, self.patch * self.merge, self.min_pixels, self.max_pixels)
-        steps, tokens = math.ceil(frames / self.temporal), rows * columns
-        return EncodedImage(((steps, rows, columns),), (tokens * self.merge**2,) * steps, tokens * steps)
+        steps, patches = math.ceil(frames / self.temporal), (rows * self.merge, columns * self.merge)
+        return EncodedImage(((steps, rows, columns),), (patches,) * steps, rows * columns * steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,8 @@ class ResizedVideo(ResizedFrames):
             height, width = int(height * scale), int(width * scale)
         counted = round(frames / self.temporal) * self.temporal
         rows, columns = smart_resize(height, width, unit, self.min_pixels, self.max_pixels, frames, counted)
-        steps, tokens = math.ceil(frames / self.temporal), rows * columns
-        return EncodedImage(((1, rows, columns),) * steps, (tokens * self.merge**2,) * steps, tokens * steps)
+        steps, patches = math.ceil(frames / self.temporal), (rows * self.merge, columns * self.merge)
+        return EncodedImage(((1, rows, columns),) * steps, (patches,) * steps, rows * columns * steps)
 
 
 VIDEO_RULES = {"fixed": FixedFrames, "resize-frames": ResizedFrames, "resize-video": ResizedVideo}
