@@ -124,12 +124,40 @@ def test_plan_show_takes_a_file_with_masks_and_neurons(tmp_path):
     assert "mine on llava-1.5-7b" in run("plan", "show", path).stdout
 
 
+BOTH = """
+name: both
+default: {ffn: 0.5}
+tower:
+  default: {attention: {radius: 0, stride: 8}, heads: {keep: 0.5}, ffn: 0.5}
+  layers: {3: {attention: full, tokens: {keep: 0.5, by: norm}}, <25%: off}
+"""
+
+
+def test_a_tower_section_is_drawn_and_counted(tmp_path):
+    path = tmp_path / "both.yaml"
+    path.write_text(BOTH)
+    printed = run("plan", "show", path).stdout
+    tower = printed[printed.index("vision tower") :]
+    assert "50% by norm" in tower and "· not read" in tower and "· off" in tower
+    assert max(map(len, printed.splitlines())) <= 80
+    data = read_json("plan", "show", path)
+    assert [row["off"] for row in data["tower"]] == [index == 5 for index in range(24)]
+    assert data["tower"][0]["attention"] == {"radius": 0, "direction": "both", "frames": 0, "stride": 8}
+    counted = read_json("flops", "--plan", f"dense,{path}")
+    own, dense = counted["plans"][1]["prefill"], counted["dense"]["prefill"]
+    assert own["whole"] == data["prefill_flops"] < own["total"] + dense["vision_tower"]
+    assert counted["plans"][1]["whole_of_dense"] == own["whole"] / dense["whole"]
+    printed = run("flops", "--plan", f"dense,{path}", "--device", "h100").stdout
+    assert "vision_tower" in printed and max(map(len, printed.splitlines())) <= 80
+    assert read_json("plan", "show", "vica")["tower"] is None
+
+
 def test_flops_of_one_plan_by_part_and_by_layer():
     printed = run("flops", "--plan", "yopo-25").stdout
     assert rows(printed, {"ffn"}) == [["ffn", "1.169", "T", "554.1", "G", "5.541", "T", "8.657", "G"]]
     assert rows(printed, {"decoder"})[0][:7] == ["decoder", "1.784", "T", "832.2", "G", "8.397", "T"]
     assert len(rows(printed, {str(i) for i in range(32)})) == 32
-    assert "vision tower 381.9 G" in " ".join(printed.split())
+    assert "(34.3%): vision tower 381.9 G of 381.9 G, projector 24.16 G" in " ".join(printed.split())
 
 
 def test_flops_of_several_plans_side_by_side():
@@ -156,7 +184,8 @@ def test_flops_settings_reach_the_count():
     settings = {"image_size": (336, 672), "images": 2, "batch": 3, "text_tokens": 100, "text_before": 10}
     dense, auto = (flops("llava-next-7b", plan, **settings) for plan in ("dense", "auto"))
     assert data["dense"] == json.loads(json.dumps(dense.to_dict()))
-    assert data["plans"][1] == json.loads(json.dumps(auto.to_dict())) | {"of_dense": auto.total / dense.total}
+    shares = {"of_dense": auto.total / dense.total, "whole_of_dense": auto.prefill.whole / dense.prefill.whole}
+    assert data["plans"][1] == json.loads(json.dumps(auto.to_dict())) | shares
 
 
 def test_frames_of_a_video_reach_the_count():

@@ -92,8 +92,8 @@ MUTANTS = mutants((
     ),
     (
         "no newline at the end of a row", IMAGES,
-        "(1, rows, columns + 1)), (size,) * tiles",
-        "(1, rows, columns)), (size,) * tiles",
+        "(1, rows, columns + 1)), (self.grid,) * tiles",
+        "(1, rows, columns)), (self.grid,) * tiles",
         "cost/test_shapes.py::test_llava_next_grids_are_transformers",
     ),
     (
@@ -129,9 +129,9 @@ MUTANTS = mutants((
     (
         "half a patch of frames forgotten", VIDEOS,
         """rows, columns = smart_resize(height, width, self.patch * self.merge, self.min_pixels, self.max_pixels)
-        steps, tokens = math.ceil(frames / self.temporal), rows * columns""",
+        steps, patches = math.ceil(frames / self.temporal), (rows""",
         """rows, columns = smart_resize(height, width, self.patch * self.merge, self.min_pixels, self.max_pixels)
-        steps, tokens = frames // self.temporal, rows * columns""",
+        steps, patches = frames // self.temporal, (rows""",
         "cost/test_shapes.py::test_videos_of_qwen2_vl_are_transformers",
         "layout/test_video_grids.py::test_the_last_frame_is_repeated_to_fill_a_patch",
     ),

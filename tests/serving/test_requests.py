@@ -48,6 +48,7 @@ def test_the_kinds_of_layers():
         (plan(LayerPlan(heads=(True,) * 7 + (False,))), "heads: got a mask"),
         (plan(LayerPlan(tokens=TokenBudget(0.5)), LayerPlan()), "tokens: got"),
         (plan(LayerPlan(), semantics="zero"), "semantics"),
+        (plan(LayerPlan(), tower=plan(LayerPlan())), "tower: got a section for the vision encoder"),
         (plan(LayerPlan(text_reads=False), LayerPlan()), "attention full with text_reads off"),
     ],
 )

@@ -70,7 +70,7 @@ def flops_command(
     plans = [resolved(each, shape, calibration).replace(name=name) for each, name in names.items()]
     costs = [flops(shape, each, **settings) for each in plans]
     bounds = _bounds(shape, [VisualPlan.dense(shape.layers), *plans], [dense, *costs], device) if device else []
-    data = [cost.to_dict() | {"of_dense": cost.total / dense.total if dense.total else None} for cost in costs]
+    data = [cost.to_dict() | _shares(cost, dense) for cost in costs]
 
     def draw(console: Console) -> None:
         first = costs[0]
@@ -126,7 +126,41 @@ def pixels(text: str | None) -> tuple[int, int] | None:
     return int(match[2]), int(match[1])
 
 
+def _shares(cost: CostReport, dense: CostReport) -> dict[str, float | None]:
+    """What a plan leaves of the dense model: of the whole prefill, where all of it is counted, and of the decoder."""
+    whole = cost.prefill.whole / dense.prefill.whole if dense.prefill.is_whole else None
+    return {"whole_of_dense": whole, "of_dense": cost.total / dense.total if dense.total else None}
+
+
 def _draw_several(console: Console, costs: list[CostReport], dense: CostReport) -> None:
+    if not dense.prefill.is_whole:
+        _draw_decoders(console, costs, dense)
+        return
+    headings = ("plan", "prefill", "of dense", "fewer", "tower", "decoder", "of it", "decode", "KV cache")
+    table = tight_table(*headings, left=("plan", "of dense"))
+    for cost in costs:
+        shares = _shares(cost, dense)
+        table.add_row(
+            cost.plan,
+            human(cost.prefill.whole),
+            bar(shares["whole_of_dense"], 3) + Text(f" {shares['whole_of_dense']:4.0%}"),
+            f"{1 / shares['whole_of_dense']:.2f}x",
+            human(cost.prefill.vision_tower),
+            human(cost.total),
+            "-" if shares["of_dense"] is None else f"{shares['of_dense']:.0%}",
+            human(cost.decode.total),
+            mebibytes(cost.kv_bytes),
+        )
+    console.print(table)
+    prefill = dense.prefill
+    console.print(
+        f"Prefill: from pixels to logits, with the projector's {human(prefill.projector)} and the LM head's "
+        f"{human(prefill.lm_head)}, the same under every plan."
+    )
+
+
+def _draw_decoders(console: Console, costs: list[CostReport], dense: CostReport) -> None:
+    """Side by side where a convention, or what is known of a model, has the decoder alone."""
     headings = ["plan", "visual", "text", "prefill", "of dense", "fewer", "KV cache"]
     if dense.decode:
         headings.insert(-1, "decode")
@@ -150,14 +184,25 @@ def _draw_several(console: Console, costs: list[CostReport], dense: CostReport) 
 
 
 def _the_rest(prefill: PassCost) -> str:
-    parts = (("vision tower", prefill.vision_tower), ("projector", prefill.projector), ("LM head", prefill.lm_head))
-    counted = ", ".join(f"{name} {human(cost)}" for name, cost in parts if cost is not None)
-    if not counted:
+    if prefill.lm_head is None:
         return "Vision tower, projector and LM head are not counted by this convention."
-    return f"Apart from the decoder, the same under every plan: {counted}"
+    return f"Apart from the decoder: LM head {human(prefill.lm_head)}. The vision tower of this model is not described."
+
+
+def whole_prefill(cost: CostReport, dense: CostReport) -> str:
+    """What a plan leaves of the whole prefill and of its parts, in words."""
+    own, before = cost.prefill, dense.prefill
+    return (
+        f"From pixels to logits {human(own.whole)} of {human(before.whole)} FLOPs "
+        f"({own.whole / before.whole:.1%}): vision tower {human(own.vision_tower)} of {human(before.vision_tower)}, "
+        f"projector {human(own.projector)}, decoder {human(own.total)} of {human(before.total)}, "
+        f"LM head {human(own.lm_head)}"
+    )
 
 
 def _draw_one(console: Console, cost: CostReport, dense: CostReport) -> None:
+    if cost.prefill.is_whole:
+        console.print(whole_prefill(cost, dense))
     columns = [("visual", cost.prefill, "visual"), ("text", cost.prefill, "text"), ("dense plan", dense.prefill, None)]
     if cost.decode:
         columns.append(("decode step", cost.decode, None))
@@ -177,7 +222,8 @@ def _draw_one(console: Console, cost: CostReport, dense: CostReport) -> None:
     console.print(layers)
     share = cost.total / dense.total if dense.total else 1.0
     console.print(
-        f"{human(cost.total)} of {human(dense.total)} FLOPs ({share:.1%}), "
+        f"The decoder: {human(cost.total)} of {human(dense.total)} FLOPs ({share:.1%}), "
         f"KV cache {mebibytes(cost.kv_bytes)} of {mebibytes(dense.kv_bytes)}"
     )
-    console.print(_the_rest(cost.prefill))
+    if not cost.prefill.is_whole:
+        console.print(_the_rest(cost.prefill))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated
 
 import typer
@@ -16,10 +15,12 @@ from ..cost.shapes import ModelShape
 from ..eval.numbers import human, mebibytes
 from ..eval.tables import tight_table
 from ..plans.files import load_plan, plan_names
-from ..plans.layer_plan import LayerPlan, Neighborhood
+from ..plans.layer_plan import LayerPlan
 from ..plans.plan import VisualPlan
 from ..plans.schedule import LayerWork, schedule
+from .flops import whole_prefill
 from .options import CalibrationOption, ConventionOption, JsonOption, ModelOption, bar, emit
+from .plan_cells import NOTHING, attention_data, attention_text, draw_tower, ffn_share, head_count, tower_rows
 
 plan_app = typer.Typer(no_args_is_help=True, help="List the shipped plans, or draw one.")
 
@@ -64,9 +65,9 @@ def show_command(
             "layer": index,
             "visual_tokens": left,
             "text_reads": layer.text_reads,
-            "attention": _attention_data(layer.attention),
-            "heads": _head_count(layer, shape),
-            "ffn": _ffn_share(layer, shape),
+            "attention": attention_data(layer.attention),
+            "heads": head_count(layer, shape.heads),
+            "ffn": ffn_share(layer, shape.ffn),
             "dense_flops": before.total,
             "flops": after.total,
         }
@@ -87,45 +88,29 @@ def show_command(
         "visual_flops": cost.prefill.lane("visual"),
         "kv_bytes": cost.kv_bytes,
         "dense_kv_bytes": dense.kv_bytes,
+        "tower": None if chosen.tower is None else tower_rows(chosen.tower, shape, dense, cost),
+        "prefill_flops": cost.prefill.whole if cost.prefill.is_whole else None,
+        "dense_prefill_flops": dense.prefill.whole if dense.prefill.is_whole else None,
     }
-    emit(data, json_file, lambda console: _draw(console, chosen, shape, work, rows, dense, cost))
 
+    def draw(console: Console) -> None:
+        _draw(console, chosen, shape, work, rows, dense, cost)
+        if cost.prefill.is_whole:
+            if chosen.tower is not None:
+                draw_tower(console, chosen.tower, shape, data["tower"])
+            console.print(whole_prefill(cost, dense))
 
-_NOTHING = Text("·", style="bright_black")
-
-
-def _head_count(layer: LayerPlan, shape: ModelShape) -> int:
-    return shape.heads if layer.heads is None else sum(layer.heads)
-
-
-def _ffn_share(layer: LayerPlan, shape: ModelShape) -> float:
-    return layer.ffn if isinstance(layer.ffn, float) else len(layer.ffn) / shape.ffn
-
-
-def _attention_data(attention: str | Neighborhood) -> str | dict:
-    return dataclasses.asdict(attention) if isinstance(attention, Neighborhood) else attention
-
-
-def _attention_text(attention: str | Neighborhood) -> Text:
-    if attention == "full":
-        return Text("▦ full", style="yellow")
-    if attention == "none":
-        return Text("· none", style="bright_black")
-    side = 2 * attention.radius + 1
-    mark = "◰" if attention.direction == "causal" else "▣"
-    frames = f", {attention.frames} frames" if attention.frames else ""
-    stride = f", stride {attention.stride}" if attention.stride > 1 else ""
-    return Text(f"{mark} {side}x{side} {attention.direction}{frames}{stride}", style="green")
+    emit(data, json_file, draw)
 
 
 def _work_cells(row: dict, layer: LayerPlan, item: LayerWork, shape: ModelShape) -> tuple[Text, Text, Text]:
     """The cells of attention, heads and FFN."""
     uses_heads = layer.text_reads or layer.attention != "none"
-    heads = bar(row["heads"] / shape.heads, 6, "blue") + Text(f" {row['heads']}") if uses_heads else _NOTHING
+    heads = bar(row["heads"] / shape.heads, 6, "blue") + Text(f" {row['heads']}") if uses_heads else NOTHING
     if layer.updates and not item.updates:  # no later layer reads the rows, so they are not updated any more
-        return Text("· unread after", style="bright_black"), heads, _NOTHING
-    ffn = bar(row["ffn"], 6, "cyan") + Text(f" {row['ffn']:.0%}") if row["ffn"] else _NOTHING
-    return _attention_text(layer.attention), heads, ffn
+        return Text("· unread after", style="bright_black"), heads, NOTHING
+    ffn = bar(row["ffn"], 6, "cyan") + Text(f" {row['ffn']:.0%}") if row["ffn"] else NOTHING
+    return attention_text(layer.attention), heads, ffn
 
 
 def _draw(
@@ -147,7 +132,7 @@ def _draw(
         share = row["flops"] / row["dense_flops"] if row["dense_flops"] else 0.0
         table.add_row(
             str(row["layer"]),
-            Text("● text", style="magenta") if layer.text_reads else _NOTHING,
+            Text("● text", style="magenta") if layer.text_reads else NOTHING,
             *_work_cells(row, layer, item, shape),
             str(row["visual_tokens"]) if drops else human(row["dense_flops"]),
             human(row["flops"]),

@@ -84,12 +84,15 @@ def flops(
         layout = layout.expanded(batch)
         encoded *= batch
     prefill, decode = CONVENTIONS[convention](shape, plan, layout, text_tokens)
+    tower_rows = 0
     if decode is not None:
         lm_head = 2 * layout.batch_size * shape.hidden * shape.vocab
         decode = dataclasses.replace(decode, lm_head=lm_head)
         prefill = dataclasses.replace(prefill, lm_head=lm_head)
         if encoded and shape.vision:
             prefill = dataclasses.replace(prefill, **_apart(shape, plan, encoded))
+            grids = [grid for image in encoded for grid in image.sequences]
+            tower_rows = sum(height * width + shape.vision.class_token for height, width in grids)
     work = schedule(plan, shape.heads, shape.kv_heads, shape.ffn)
     left = tuple(tokens.rows for tokens in tokens_by_layer((item.tokens for item in work), layout, text_tokens))
     per_head = 2 * shape.head_dim * kv_dtype_bytes  # K and V
@@ -106,6 +109,7 @@ def flops(
         decode=decode,
         kv_text_bytes=per_head * layout.batch_size * text_tokens * shape.kv_heads * shape.layers,
         kv_visual_bytes=per_head * visual_heads,
+        tower_rows=tower_rows,
         executed_scores=executed_scores,
     )
 

@@ -81,8 +81,9 @@ class CostReport:
 
     visual_tokens, text_tokens: of the whole batch. visual_left: visual tokens that come into each layer. prefill: the
     pass over the prompt; decode: the step after it, one text row a sample, None where the convention has none.
-    kv_text_bytes, kv_visual_bytes: the cache after prefill. executed_scores: score FLOPs that the attention backend
-    really executes in prefill, if it was measured.
+    kv_text_bytes, kv_visual_bytes: the cache after prefill. tower_rows: patches and class tokens that go into the
+    vision tower, 0 where it is not counted. executed_scores: score FLOPs that the attention backend really executes in
+    prefill, if it was measured.
     """
 
     model: str
@@ -96,6 +97,7 @@ class CostReport:
     decode: PassCost | None
     kv_text_bytes: int
     kv_visual_bytes: int
+    tower_rows: int = 0
     executed_scores: int | None = None
 
     @property

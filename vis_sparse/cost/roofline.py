@@ -52,7 +52,8 @@ class PartBound:
 
 @dataclass(frozen=True, slots=True)
 class PassBound:
-    """Bounds of one pass by part ("qkv", "scores", "out", "ffn", "lm_head")."""
+    """Bounds of one pass by part: "qkv", "scores", "out", "ffn", "lm_head"; before them "vision_tower" and "projector"
+    where they are counted."""
 
     parts: dict[str, PartBound]
 
@@ -63,7 +64,7 @@ class PassBound:
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """Bounds of a plan's prefill (without the vision tower) and of the decode step after it."""
+    """Bounds of a plan's prefill, from pixels where the vision tower is counted, and of the decode step after it."""
 
     plan: str
     device: DeviceSpec
@@ -103,8 +104,25 @@ def roofline(
     prefill = [_layer_values(shape, item, visual, text, text, visual) for item, visual in layers]
     decode = [_layer_values(shape, item, 0, cost.batch, text + cost.batch, visual) for item, visual in layers]
     passes = ((cost.prefill, prefill), (cost.decode, decode))
-    bounds = (_pass_bound(shape, counted, values, cost.batch, device, value_bytes) for counted, values in passes)
+    bounds = [_pass_bound(shape, counted, values, cost.batch, device, value_bytes) for counted, values in passes]
+    if cost.prefill.vision_tower is not None:
+        before = {part: _part_bound(steps, device) for part, steps in _before(shape, cost, value_bytes).items()}
+        bounds[0] = PassBound(before | bounds[0].parts)
     return Roofline(plan.name, device, *bounds)
+
+
+def _before(shape: ModelShape, cost: CostReport, value_bytes: int) -> dict[str, list[tuple[int, int]]]:
+    """FLOPs and bytes of the steps before the decoder: of each layer of the tower its weights, and the rows in and out;
+    of the projector its weights."""
+    vision, counted = shape.vision, cost.prefill
+    layers = counted.tower_layers
+    matrices = vision.hidden * (4 * vision.hidden + (_GATED_FFN if vision.gated else 2) * vision.ffn)
+    moved = value_bytes * (matrices + 2 * vision.hidden * cost.tower_rows)
+    embedding = counted.vision_tower - sum(layer.total for layer in layers)
+    steps = [(embedding, value_bytes * vision.hidden * (vision.patch_values + cost.tower_rows))]
+    steps += [(layer.total, moved if layer.total else 0) for layer in layers]
+    weights = value_bytes * sum(inputs * outputs for inputs, outputs in shape.projector)
+    return {"vision_tower": steps, "projector": [(counted.projector, weights)]}
 
 
 def _layer_values(

@@ -61,6 +61,11 @@ def _check(plan: VisualPlan) -> None:
             f"{where}: semantics: got {plan.semantics!r}, expected 'exclude' (the official arithmetic keeps every "
             "visual key and row, so that an engine would save nothing; run such checkpoints with vis_sparse.patch)"
         )
+    if plan.tower is not None:
+        raise ServingError(
+            f"{where}: tower: got a section for the vision encoder, expected none (the engine runs an encoder of its "
+            "own; run the plan with vis_sparse.patch)"
+        )
     for index, layer in enumerate(plan.layers):
         here = f"{where}, layer {index}"
         if isinstance(layer.attention, Neighborhood):
