@@ -151,20 +151,16 @@ class TowerTables:
         """Parts of one size each: their rows (parts, size), those of global tokens, and the patterns of both; and where
         the rows are in the groups' outputs, one after the other, None if that is their order."""
         part = self._sequence if self.num_globals else self._parts[windowed].part
-        order = np.argsort(part, kind="stable")
-        sizes = np.bincount(part)
-        starts, groups, places = np.cumsum(sizes) - sizes, [], []
-        for size in np.unique(sizes[sizes > 0]):
-            index = order[starts[sizes == size][:, None] + np.arange(size)]
+        groups, places = [], []
+        for index in _of_equal_size(part):
             each = int((index[0] < self.num_globals).sum())  # a part's global tokens come first
-            patterns = (self._reads_all(len(index), queries, int(size)) for queries in (int(size), each))
+            patterns = (self._reads_all(len(index), queries, index.shape[1]) for queries in (index.shape[1], each))
             places.append(index.ravel())
             groups.append((on_device(index, self.device), on_device(index[:, :each], self.device), *patterns))
-        places = np.concatenate(places)
-        if np.array_equal(places, np.arange(len(places))):
-            groups = [((groups[0][0].shape), *groups[0][1:])] if len(groups) == 1 else groups
-            return groups, None
-        return groups, on_device(np.argsort(places), self.device)
+        back = self._inverse(np.concatenate(places))
+        if back is None and len(groups) == 1:  # views will do
+            groups = [(tuple(groups[0][0].shape), *groups[0][1:])]
+        return groups, back
 
     def _reads_all(self, parts: int, queries: int, keys: int) -> TextPattern:
         column = np.broadcast_to(np.arange(keys), (parts, keys))
@@ -187,11 +183,41 @@ class TowerTables:
 
         query (patches, heads, head_dim); key, value (rows, heads, head_dim).
         """
+        if near.radius == 0:
+            return self._attend_blocks(query, key, value, near.stride, windowed, backend, scale)
         order, back, slots, pattern = self._kept((near, windowed), lambda: self._near(near, windowed))
         query = query if order is None else query.index_select(0, order)
         key, value = (_by_group(rows, slots) for rows in (key, value))
         out = backend.visual_attention(query, key, value, pattern, scale)
         return out if back is None else out.index_select(0, back)
+
+    def _attend_blocks(self, query, key, value, stride: int, windowed: bool, backend: Backend, scale: float):
+        """Aligned windows that do not overlap: each attends to itself, and nothing has to be masked."""
+        groups, back = self._kept(("blocks", stride, windowed), lambda: self._blocks(stride, windowed))
+        outs = []
+        for queries, keys, pattern in groups:
+            rows = _by_group(query, queries), _by_group(key, keys), _by_group(value, keys)
+            outs.append(backend.text_attention(*rows, pattern, scale).flatten(0, 1))
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return out if back is None else out.index_select(0, back)
+
+    def _blocks(self, stride: int, windowed: bool):
+        """As `_groups`, of aligned windows: their patches, and these with the global tokens of their image."""
+        parts = self._parts[windowed]
+        _, block = np.unique([parts.part, parts.y // stride, parts.x // stride], axis=1, return_inverse=True)
+        groups, places = [], []
+        for index in _of_equal_size(block.ravel()):
+            own = parts.part[index[:, 0]]
+            globals_ = np.stack([np.flatnonzero(self._sequence[: self.num_globals] == part) for part in own])
+            keys = np.concatenate([globals_, self.num_globals + index], axis=1)
+            pattern = self._reads_all(len(index), index.shape[1], keys.shape[1])
+            places.append(index.ravel())
+            groups.append((*(on_device(each, self.device) for each in (index, keys)), pattern))
+        return groups, self._inverse(np.concatenate(places))
+
+    def _inverse(self, places: np.ndarray) -> torch.Tensor | None:
+        """Where each row is among outputs that come in the order of `places`; None if that is its own place."""
+        return None if np.array_equal(places, np.arange(len(places))) else on_device(np.argsort(places), self.device)
 
     def _near(self, near: Neighborhood, windowed: bool):
         parts, order = self._parts[windowed], self._raster(windowed)
@@ -213,10 +239,17 @@ class TowerTables:
         pattern = VisualPattern(near, patches, slots, self.device)
         in_order = np.array_equal(order, np.arange(len(order)))
         whole = np.array_equal(index.ravel(), np.arange(self.num_globals + len(order)))
-        slots = index.shape if whole else on_device(index, self.device)
+        slots = tuple(index.shape) if whole else on_device(index, self.device)
         if in_order:
             return None, None, slots, pattern
         return on_device(order, self.device), on_device(np.argsort(order), self.device), slots, pattern
+
+
+def _of_equal_size(part: np.ndarray) -> list[np.ndarray]:
+    """The members of all parts, (parts, size) for each size that there is."""
+    order, sizes = np.argsort(part, kind="stable"), np.bincount(part)
+    starts = np.cumsum(sizes) - sizes
+    return [order[starts[sizes == size][:, None] + np.arange(size)] for size in np.unique(sizes[sizes > 0])]
 
 
 def _padded(rows: Coordinates, place: np.ndarray, samples: int) -> tuple[Coordinates, np.ndarray]:
@@ -233,4 +266,4 @@ def _by_group(rows: torch.Tensor, index: torch.Tensor | tuple[int, int]) -> torc
     """Rows at an index of two dimensions; its shape where it is all of them in order."""
     if isinstance(index, torch.Tensor):
         return rows.index_select(0, index.flatten()).unflatten(0, index.shape)
-    return rows.unflatten(0, tuple(index))
+    return rows.unflatten(0, index)
