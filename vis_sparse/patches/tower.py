@@ -18,6 +18,7 @@ from ..executor.weights import listens
 from ..kernels import Backend
 from ..plans.plan import VisualPlan
 from .errors import PatchError
+from .wraps import check_parameters
 
 # settings of configs that drop parts of what is computed while a model trains
 _DROPOUTS = ("attention_dropout", "hidden_dropout_prob", "projection_dropout", "dropout", "drop_path_rate")
@@ -110,6 +111,13 @@ def _read_layer(kind: TowerKind, module: nn.Module, index: int, block: nn.Module
             raise PatchError(f"{name}: got a layer {index} without {path}, expected a pre-norm encoder of its kind")
         if not isinstance(getattr(owner, place), nn.Identity):  # what some models of the kind do without
             parts[part] = owner, place
+            if isinstance(getattr(owner, place), nn.Module):
+                check_parameters(f"{path} of vision layer {index}", owner, getattr(owner, place))
+    if kind.scales and hasattr(block, "_hf_hook"):
+        raise PatchError(
+            f"{name}: got an offload hook on layer {index}, whose {kind.scales[0]} is there only while the layer is "
+            "called, expected hooks on its linear layers and norms, or a tower that is not offloaded"
+        )
     places = (*kind.places.values(), *(kind.scales or ()))
     for parameter, _ in block.named_parameters():
         if not any(parameter == path or parameter.startswith(f"{path}.") for path in places):

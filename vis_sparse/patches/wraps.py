@@ -85,10 +85,11 @@ def check_layers(layers: nn.ModuleList) -> None:
                 )
         for owner in (layer, layer.self_attn, layer.mlp):
             for name, module in owner._modules.items():
-                _check_parameters(f"{name} of decoder layer {index}", owner, module)
+                check_parameters(f"{name} of decoder layer {index}", owner, module)
 
 
-def _check_parameters(place: str, owner: nn.Module, module: nn.Module) -> None:
+def check_parameters(place: str, owner: nn.Module, module: nn.Module) -> None:
+    """Raise PatchError where the parameters of a module in `owner` are parts, or there only while `owner` is called."""
     for parameter in module._parameters.values():
         if parameter is None:
             continue
