@@ -58,7 +58,9 @@ def random_llava(folder: Path, text: str = "llama", side: int = 64, seed: int = 
             tensor.data = 1 + 0.2 * noise
         else:
             tensor.data = noise * (0.1 if tensor.ndim == 1 else 1.5 * tensor.shape[-1] ** -0.5)
-    model.model.language_model.embed_tokens.weight.data *= 3 * width**-0.5
+    embedding = model.model.language_model.embed_tokens.weight.data
+    embedding *= 3 * width**-0.5
+    embedding[IMAGE] = 0  # as good as never generated: transformers takes any such token for a part of an image
     images = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     processor = LlavaProcessor(
         image_processor=images, tokenizer=tokenizer(WORDS, {"image_token": "<image>"}), patch_size=PATCH,

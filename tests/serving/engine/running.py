@@ -89,7 +89,8 @@ class Ask:
 
 def rows_entered(model) -> tuple[dict, int]:
     """Rows that entered each layer's attention and FFN so far, and rows that were scheduled."""
-    return model.vis_sparse_forward.rows_entered, model.vis_sparse_forward.rows_scheduled
+    forward = model.vis_sparse_forward
+    return {part: list(rows) for part, rows in forward.rows_entered.items()}, forward.rows_scheduled
 
 
 def has_its_own_forward(model) -> bool:
