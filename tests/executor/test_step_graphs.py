@@ -82,7 +82,7 @@ def test_steps_are_the_eager_ones(plan, name, graphs):
 
 @torch.no_grad()
 def test_calls_of_every_kind_after_one_another(graphs):
-    """Steps, a call of text, another picture, steps, columns cropped, a copy that goes its own way, beams that repeat."""
+    """Steps, text, another picture, steps, columns cropped, a copy that goes its own way, beams that repeat."""
     eager, fast = pair(random_plan(603))
     prompt = [(5, IMAGE, 4), (2, IMAGE, 7)]
     batch = make_batch(eager, [(*sample, 2, IMAGE, 9) for sample in prompt])

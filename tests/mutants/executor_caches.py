@@ -109,15 +109,15 @@ MUTANTS = mutants((
     ),
     (
         "blind heads read visual keys in steps", STEPS,
-        "Mask(~(heads[:, None] & self.is_visual)[None, :, None])",
-        "Mask(~(heads[:, None] & ~heads[:, None] & self.is_visual)[None, :, None])",
+        "hidden = None if blind is None else tables.blind(blind)",
+        "hidden = None",
         *oracle("one"),
     ),
     # A call's tables
     (
         "columns that are masked later are read", CALL,
-        "return cls(packing, book.slots.masked(mask), book.text_slots().masked(mask), device",
-        "return cls(packing, book.slots, book.text_slots(), device",
+        "seen, rest = book.slots.masked(mask), book.text_slots().masked(mask)\n        return cls(",
+        "seen, rest = book.slots, book.text_slots()\n        return cls(",
         "executor/test_call_tables.py::test_columns_that_are_masked_later_are_read_no_longer",
     ),
     (

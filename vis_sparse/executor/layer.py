@@ -21,7 +21,7 @@ from .head_map import head_map
 from .rows import add_rows, rotate, rotate_into
 from .shared_gradients import products, shares_gradient
 from .token_scores import attention_received
-from .weights import CutLinear, Selection, index_on, is_plain, is_small, select, tensors, unit_columns
+from .weights import CutLinear, Selection, index_on, is_plain, is_small, tensors, unit_columns
 
 _ALL, _QUERY, _KEYS = ("query", "key", "value"), ("query",), ("key", "value")
 
@@ -55,7 +55,8 @@ class LaneLayer:
         self.seen_queries, self.rest_queries, self.merge = (
             Selection(each, decoder.num_heads) for each in (heads.seen_queries, heads.rest_queries, heads.merge)
         )
-        self.zeroed = tuple(len(heads.keys) + unit for unit in heads.zeroed)
+        self.zeroed = Selection([len(heads.keys) + unit for unit in heads.zeroed])
+        self.visual_keys = None if heads.visual_keys is None else Selection(heads.visual_keys)
         # which projections visual rows share with the text rows: all three, keys and values, or else a cut of their own
         whole = len(work.key_heads) == decoder.num_kv_heads
         self.shares_all = whole and len(work.query_heads) == decoder.num_heads
@@ -185,7 +186,7 @@ class LaneLayer:
     def _slots(self, visual_kv, call: Call):
         """Visual keys and values by sample, (batch, visual slots, 2 x units, head_dim)."""
         if self.zeroed:
-            visual_kv = visual_kv.index_fill(1, index_on(self.zeroed, visual_kv.device), 0.0)
+            visual_kv = visual_kv.index_fill(1, self.zeroed.on(visual_kv.device), 0.0)
         return call.visual_by_sample(visual_kv)
 
     def _store(self, text, visual, stores):
@@ -224,8 +225,8 @@ class LaneLayer:
             x = _add(parts.output, x, 0, out, in_place)
             return self._add_bias(x, num_text, parts) if self.work.attention != "none" else x
         pattern = call.visual_pattern(self.work.attention, self.work.stores)
-        if self.heads.visual_keys is not None:
-            keys_values = [select(t, 2, self.heads.visual_keys) for t in keys_values]
+        if self.visual_keys is not None:
+            keys_values = [self.visual_keys(t, 2) for t in keys_values]
         seen = self.backend.visual_attention(visual_query, *keys_values, pattern, self.layer.scale).flatten(1)
         if len(self.work.query_heads) == self.num["query"]:
             return _add(parts.output, x, 0, torch.cat([out, seen]), in_place)

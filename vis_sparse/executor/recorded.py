@@ -30,6 +30,12 @@ def record(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) 
         return kind(function, inputs)
 
 
+def bucket(number: int, smallest: int = 16) -> int:
+    """The number or a little more (at most a quarter): few different ones, multiples of an eighth of a power of two."""
+    step = max(smallest, 2 ** ((number - 1).bit_length() - 3)) if number > 1 else smallest
+    return -(-number // step) * step
+
+
 def may_replay(device: torch.device) -> bool:
     """Whether a call made here may be one that was recorded: nobody records gradients, traces, counts or casts it."""
     return not (
@@ -52,6 +58,11 @@ class Recording:
 
     def _prepare(self, function: Callable[..., Sequence[Tensor]]) -> None:
         self._graph = compiled(make_fx(lambda *inputs: function(*inputs))(*self._inputs))
+
+    @property
+    def bytes(self) -> int:
+        """Of what it holds on to."""
+        return sum(each.nbytes for each in self._inputs)
 
     def wait(self) -> None:
         """Before what the recording reads and writes is changed: until its last run is over, as far as that is asked
@@ -83,6 +94,10 @@ class CudaRecording(Recording):
             # other threads may allocate meanwhile
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._outputs = list(function(*self._inputs))
+
+    @property
+    def bytes(self) -> int:
+        return super().bytes + sum(each.nbytes for each in self._outputs)
 
     def wait(self) -> None:
         # another thread may have run it, on a stream of its own

@@ -175,6 +175,7 @@ class StepPacking(NamedTuple):
     past: int
     batch: int
     length: int = 1
+    longest_text: int = 1
 
     @property
     def num_text(self) -> int:

@@ -121,6 +121,7 @@ class Selection:
         self.indices, self._size = tuple(indices), len(indices)
         self._first = (self.indices[0] if self.indices else 0) if follow(indices) else None
         self._is_whole = self._first is not None and self._size == size
+        self._on: dict[torch.device, torch.Tensor] = {}
 
     @property
     def is_view(self) -> bool:
@@ -133,8 +134,16 @@ class Selection:
         if self._is_whole:
             return x
         if self._first is None:
-            return x.index_select(dim, index_on(self.indices, x.device))
+            return x.index_select(dim, self.on(x.device))
         return x.narrow(dim, self._first, self._size)
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The indices on a device. They stay as long as the selection: recordings read them."""
+        if torch.compiler.is_compiling():
+            return index_on(self.indices, device)
+        if device not in self._on:
+            self._on[device] = index_on(self.indices, device)
+        return self._on[device]
 
 
 def select(x: torch.Tensor, dim: int, indices: Sequence[int]) -> torch.Tensor:
@@ -219,9 +228,14 @@ class CutLinear:
         self._kept = None
 
     @property
+    def kept(self) -> tuple[torch.Tensor | None, ...]:
+        """The kept copy of weight and bias, if there is one."""
+        return self._kept or ()
+
+    @property
     def extra_bytes(self) -> int:
         """Bytes of the kept copy."""
-        return sum(t.numel() * t.element_size() for t in self._kept or () if t is not None)
+        return sum(t.numel() * t.element_size() for t in self.kept if t is not None)
 
     def _cut(self, modules):
         if self._columns is not None:
