@@ -173,6 +173,8 @@ class LaneLayer:
     def _turned(self, y, queries: int, keys: int, angles, parts: BoundLayer, in_place: bool):
         """Of y (rows, queries + keys + values): the queries, and keys beside values, after norms and rotation."""
         y = y.view(len(y), y.shape[1] // self.head_dim, self.head_dim)
+        if in_place and parts.turns_at_once:
+            return parts.turned(y, queries, keys, *angles)
         turned = y[:, : queries + keys]
         if self.has_norms:
             pieces = ((parts.query_norm, y[:, :queries]), (parts.key_norm, y[:, queries : queries + keys]))
@@ -285,6 +287,8 @@ def _add(part, x, start: int, h, in_place: bool):
 
 
 def _gated(h, gate, up, parts: BoundLayer, in_place: bool):
+    if in_place and parts.gates_at_once:
+        return parts.gated(gate(h), up(h))
     inner, factor = parts.activation(gate(h)), up(h)
     return inner.mul_(factor) if in_place else inner * factor
 

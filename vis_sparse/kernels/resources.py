@@ -133,6 +133,7 @@ def _fused(head_dim: int, width: dict) -> Iterator[Kernel]:
     warps = row.pop("num_warps")
     flags = {"HAS_FIRST": True, "HAS_SECOND": True, "HAS_INDEX": False, "SAVE": False}
     heads = width | {"WIDTH": head_dim, "BLOCK_H": fused_launches.HEADS_A_PROGRAM, "HAS_NORM": True, "BACK": False}
+    heads |= {"HAS_PLACES": True, "HAS_UNITS": True}
     gate = {"BLOCK": fused_launches.GATED_A_PROGRAM}
     yield Kernel("sum and norm", triton_fused.norm_forward, Blocks(1, 1, warps, 3), row | flags)
     yield Kernel("norm gradient", triton_fused.norm_gradient, Blocks(1, 1, warps, 3), row)
