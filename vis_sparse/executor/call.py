@@ -172,21 +172,22 @@ class Call:
         return text[self._to(np.arange(self.batch)), self._to(self._ranks)]
 
     @cached_property
-    def read_slots(self) -> torch.Tensor | None:
-        """(batch, slots) bool: what the ranking rows read of the `seen` store, in heads that read visual keys; None if
-        all. Nothing visual comes after them (`tokens.check_text_follows`)."""
+    def unread_slots(self) -> torch.Tensor | None:
+        """(batch, slots) bool: what the ranking rows do not read of the `seen` store, in heads that read visual keys;
+        None if nothing. Nothing visual comes after them (`tokens.check_text_follows`)."""
         read = self._seen.valid
         if self._ranks is not None:
             last = self.packing.text_columns[np.arange(self.batch), self._ranks] + self.packing.past
             read = read & (self._seen.column <= last[:, None])
-        return None if read.all() else self._to(read)
+        return None if read.all() else self._to(~read)
 
     def text_pattern(self, seen: bool, blind: tuple[bool, ...] | None = None) -> TextPattern:
         """What text queries read of the `seen` store, or of the `rest` store."""
         if (seen, blind) not in self._patterns:
             columns = self.packing.text_columns + self.packing.past
             slots = self._seen if seen else self._rest
-            self._patterns[seen, blind] = TextPattern(columns, slots, blind, self.device, self._general)
+            unblind = None if blind is None else self.text_pattern(seen)
+            self._patterns[seen, blind] = TextPattern(columns, slots, blind, self.device, self._general, unblind)
         return self._patterns[seen, blind]
 
     def visual_pattern(self, attention, stored: bool) -> VisualPattern:

@@ -263,7 +263,7 @@ class LaneLayer:
         if heads.blind is not None:
             readers = index_on(tuple(i for i, blind in enumerate(heads.blind) if not blind), last.device)
         last = self.seen_queries(last, 1)
-        return call.by_packed(attention_received(last, seen.tensors[0], call.read_slots, readers, self.layer.scale))
+        return call.by_packed(attention_received(last, seen.tensors[0], call.unread_slots, readers, self.layer.scale))
 
     def _feed_forward(self, x, h, cut_from: int | None, parts: BoundLayer, in_place: bool):
         """x with what the FFN makes of its first rows, `h`; those from `cut_from` on use the cut of visual rows."""

@@ -77,7 +77,7 @@ class TextPattern(_Pattern):
 
     query_columns: (batch, Q) column of the sequence of each query. slots: coordinates of the keys, (batch, S).
     blind: for each query head, whether it must not read visual keys; None if all may. general: whether tables take the
-    form that fits other columns and slots of these shapes too.
+    form that fits other columns and slots of these shapes too. unblind: the same without blind heads; None: this one.
     """
 
     def __init__(
@@ -87,9 +87,15 @@ class TextPattern(_Pattern):
         blind: tuple[bool, ...] | None,
         device: torch.device,
         general: bool = False,
+        unblind: TextPattern | None = None,
     ):
         self.query_columns, self.slots, self.blind, self.device = query_columns, slots, blind, device
-        self.general = general
+        self.general, self._unblind = general, unblind
+
+    @property
+    def unblind(self) -> TextPattern:
+        """Whose tables are shared, where they do not know of heads."""
+        return self if self._unblind is None else self._unblind
 
     @cached_property
     def is_causal(self) -> bool:

@@ -68,7 +68,7 @@ def attention_mass(query: torch.Tensor, key: torch.Tensor, pattern: TextPattern,
     """As `reference.attention_mass`."""
     rows, key = _checked(query.flatten(0, 1), key)
     config = tuning.run_blocks(rows.shape[2], rows.element_size(), tuning.device_of(rows))
-    tables = pattern.derive(run_tables, config.queries)
+    tables = pattern.unblind.derive(run_tables, config.queries)
     share = triton_ops.mass if _needs_operator(query, key) else triton_ops.launch_mass
     mass = share(
         rows, key, tables.columns, tables.blocks, tables.offsets, tables.runs, pattern.derive(_blind), scale, [*config],
@@ -89,11 +89,12 @@ def _runs(query, key, value, pattern, scale: float, blind, queries: int) -> torc
         splits = tuning.decode_splits(samples * kv_heads, slots, device)
     # whole blocks of keys, so that a part begins where a block does
     slots_a_split = -(-slots // (splits * config.keys)) * config.keys
-    tables = pattern.derive(run_tables, config.queries)
+    shared = pattern.unblind if isinstance(pattern, TextPattern) else pattern
+    tables = shared.derive(run_tables, config.queries)
     query_blocks = blocks = None
     if _wants_gradients(query, key, value):
-        query_blocks = pattern.derive(run_tables, tuning.query_gradient_blocks(head_dim, size, device).queries).blocks
-        blocks = pattern.derive(key_blocks, tuning.key_gradient_blocks(head_dim, size, device).keys)
+        query_blocks = shared.derive(run_tables, tuning.query_gradient_blocks(head_dim, size, device).queries).blocks
+        blocks = shared.derive(key_blocks, tuning.key_gradient_blocks(head_dim, size, device).keys)
     attention = triton_ops.runs if _needs_operator(query, key, value) else triton_ops.launch_runs
     out, _ = attention(
         query, key, value, tables.columns, tables.blocks, tables.offsets, tables.runs, blind, query_blocks, blocks,
