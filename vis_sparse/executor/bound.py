@@ -69,17 +69,24 @@ class BoundLayer:
     def turned(self, y: torch.Tensor, queries: int, keys: int, cos: torch.Tensor, sin: torch.Tensor):
         """Of y (rows, queries + keys + values, head_dim): queries, and keys beside values, normed and rotated, where it
         `turns_at_once`. cos, sin: (rows, 1, width)."""
-        cos, sin, norm = cos.squeeze(1), sin.squeeze(1), None
-        if "query_norm" in self._norms:
-            (query, eps), (key, _) = self._norms["query_norm"], self._norms["key_norm"]
-            norm = HeadNorm(query._parameters["weight"], key._parameters["weight"], vars(query)[eps])
-        query, key, value = y[:, :queries], y[:, queries : queries + keys], y[:, queries + keys :]
         if not keys:
+            query, norm = y[:, :queries], self._head_norm()
             weight, eps = (None, 0.0) if norm is None else (norm.query, norm.eps)
-            return self.fused.rotate(query, cos, sin, weight, eps), value
+            return self.fused.rotate(query, cos.squeeze(1), sin.squeeze(1), weight, eps), y[:, queries:]
         kv = y.new_empty(len(y), 2 * keys, y.shape[2])
-        slots = Slots(kv[:, :keys], kv[:, keys:])
-        return self.fused.rotate_into(query if queries else None, key, value, cos, sin, slots, norm), kv
+        return self.turned_into(y, queries, keys, cos, sin, Slots(kv[:, :keys], kv[:, keys:])), kv
+
+    def turned_into(self, y: torch.Tensor, queries: int, keys: int, cos, sin, slots: Slots, with_query: bool = True):
+        """As `turned`, with keys and values written into a store. Returns the queries."""
+        query, key, value = y[:, :queries], y[:, queries : queries + keys], y[:, queries + keys :]
+        query = query if queries and with_query else None
+        return self.fused.rotate_into(query, key, value, cos.squeeze(1), sin.squeeze(1), slots, self._head_norm())
+
+    def _head_norm(self) -> HeadNorm | None:
+        if "query_norm" not in self._norms:
+            return None
+        (query, eps), (key, _) = self._norms["query_norm"], self._norms["key_norm"]
+        return HeadNorm(query._parameters["weight"], key._parameters["weight"], vars(query)[eps])
 
 
 class Product:

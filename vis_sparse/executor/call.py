@@ -22,6 +22,8 @@ class Call:
     the last. general: whether tables take the one form that fits every text of as many rows (`prompt_graphs`).
     """
 
+    is_step = False
+
     def __init__(
         self,
         packing: Packing,

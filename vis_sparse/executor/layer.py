@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..kernels import Backend
+from ..kernels.fused import Slots
 from ..plans.schedule import LayerWork
 from .bound import Bound, BoundLayer, own
 from .cache import Store, halves
@@ -52,6 +53,8 @@ class LaneLayer:
         self.seen, self.rest, self.visual_units = (
             _of_pairs(each, units) for each in (heads.seen, heads.rest, heads.keys)
         )
+        self.units = tuple(Selection(each, units) for each in (heads.seen, heads.rest))
+        self.writes_steps = heads.expand == 1
         self.seen_queries, self.rest_queries, self.merge = (
             Selection(each, decoder.num_heads) for each in (heads.seen_queries, heads.rest_queries, heads.merge)
         )
@@ -110,8 +113,11 @@ class LaneLayer:
         """
         if x.shape[0] > call.num_text:
             return self._both_lanes(x, call, angles, parts, stores, in_place)
-        query, kv = self._projected(parts.input_norm(x), _ALL, angles.text, parts, in_place)
-        self._store(call.by_sample(kv), None, stores)
+        if in_place and parts.turns_at_once and self.writes_steps and call.is_step and call.has_room(stores):
+            query = self._into_stores(parts.input_norm(x), call, angles.text, parts, stores)
+        else:
+            query, kv = self._projected(parts.input_norm(x), _ALL, angles.text, parts, in_place)
+            self._store(call.by_sample(kv), None, stores)
         x = _add(parts.output, x, 0, self._text_attention(query, call, stores), in_place)
         return self._feed_forward(x, x, None, parts, in_place), None
 
@@ -146,17 +152,34 @@ class LaneLayer:
         h = x if self.whole_ffn or self.cuts_ffn else x[:num_text]
         return self._feed_forward(x, h, num_text if self.cuts_ffn else None, parts, in_place), scores
 
+    def _into_stores(self, h, call, angles, parts: BoundLayer, stores):
+        """A step's queries; its keys and values go where its tables say, turned on the way."""
+        y = self._products(h, _ALL, parts, in_place=True)
+        y = y.view(len(y), y.shape[1] // self.head_dim, self.head_dim)
+        query = None
+        for place, (store, units) in enumerate(zip(stores, self.units)):
+            if not units:
+                continue
+            key, value = (half.flatten(0, 1) for half in halves(store.buffer))
+            slots = Slots(key, value, call.places(place, store), None if units.is_whole else units.on(y.device))
+            turned = parts.turned_into(y, self.num["query"], self.num["key"], *angles, slots, query is None)
+            query = turned if query is None else query
+            store.step()
+        return query
+
     def _projected(self, h, names: tuple[str, ...], angles, parts: BoundLayer, in_place: bool):
         """Of `names`: queries (rows, heads, head_dim), keys beside values (rows, 2 x KV heads, head_dim), turned."""
-        if in_place and parts.linears is not None and is_small(len(h), parts.linears[0][0]["weight"]):
-            y = self._side_by_side(h, names, parts)
-        elif len(names) == 1:
-            y = parts.query(h).contiguous()
-        else:
-            y = torch.cat([getattr(parts, name)(h) for name in names], 1)
+        y = self._products(h, names, parts, in_place)
         queries, keys = self.num["query"] * ("query" in names), self.num["key"] * ("key" in names)
         query, kv = self._turned(y, queries, keys, angles, parts, in_place)
         return query, kv if self.heads.expand == 1 else kv.repeat_interleave(self.heads.expand, dim=1)
+
+    def _products(self, h, names: tuple[str, ...], parts: BoundLayer, in_place: bool) -> torch.Tensor:
+        if in_place and parts.linears is not None and is_small(len(h), parts.linears[0][0]["weight"]):
+            return self._side_by_side(h, names, parts)
+        if len(names) == 1:
+            return parts.query(h).contiguous()
+        return torch.cat([getattr(parts, name)(h) for name in names], 1)
 
     def _side_by_side(self, h, names: tuple[str, ...], parts: BoundLayer) -> torch.Tensor:
         """Small products where they are wanted, so that nothing has to be joined behind them."""

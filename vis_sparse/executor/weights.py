@@ -120,7 +120,7 @@ class Selection:
     def __init__(self, indices: Sequence[int], size: int | None = None):
         self.indices, self._size = tuple(indices), len(indices)
         self._first = (self.indices[0] if self.indices else 0) if follow(indices) else None
-        self._is_whole = self._first is not None and self._size == size
+        self.is_whole = self._first is not None and self._size == size
         self._on: dict[torch.device, torch.Tensor] = {}
 
     @property
@@ -131,7 +131,7 @@ class Selection:
         return self._size
 
     def __call__(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        if self._is_whole:
+        if self.is_whole:
             return x
         if self._first is None:
             return x.index_select(dim, self.on(x.device))
