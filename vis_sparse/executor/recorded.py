@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .weights import autocasts
+from .weights import RECORDS, autocasts
 
 _LOCK = threading.Lock()  # neither compilers nor captures like company
 _WARM_UPS = 2
@@ -57,7 +56,14 @@ class Recording:
         self._prepare(function)
 
     def _prepare(self, function: Callable[..., Sequence[Tensor]]) -> None:
-        self._graph = compiled(make_fx(lambda *inputs: function(*inputs))(*self._inputs))
+        from torch.fx.experimental.proxy_tensor import make_fx  # a second of imports
+
+        token = RECORDS.set(True)
+        try:
+            graph = make_fx(lambda *inputs: function(*inputs))(*self._inputs)
+        finally:
+            RECORDS.reset(token)
+        self._graph = compiled(graph)
 
     @property
     def bytes(self) -> int:

@@ -10,6 +10,7 @@ Whether a kept copy is still what the parameters say is decided in `kept_cuts.py
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from functools import lru_cache
 from math import prod
 
@@ -22,6 +23,8 @@ from torch.utils.flop_counter import register_flop_formula
 # (docs/speed.md has the measurement; `python -m vis_sparse.eval.bench_products` makes it).
 _ONE_DNN_FROM = 2**20
 _MIN_ROWS = 16  # of products that oneDNN may not run, from which the operands' order counts
+# Whether this context traces what a compiler gets, which takes oneDNN's operation for constant weights alone.
+RECORDS: ContextVar[bool] = ContextVar("vis_sparse_records", default=False)
 _ONE_DNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
@@ -61,6 +64,7 @@ def _suits_one_dnn(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not RECORDS.get()
     )
 
 
