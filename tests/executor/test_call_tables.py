@@ -46,10 +46,10 @@ def test_slots_behind_the_ranking_row_are_not_read():
     device = torch.device("cpu")
     # slots: the visual columns 2 and 3, then text in columns 0, 1, 4, 5, 6, 7
     call = Call.over(packing, book, None, device, ranks=np.array([3]))
-    assert call.read_slots.tolist() == [[True] * 6 + [False] * 2]
+    assert call.unread_slots.tolist() == [[False] * 6 + [True] * 2]
     assert call.ranking_rows(torch.arange(6)[None]).tolist() == [3]
     last = Call.over(packing, book, None, device)
-    assert last.read_slots is None and last.ranking_rows(torch.arange(6)[None]).tolist() == [5]
+    assert last.unread_slots is None and last.ranking_rows(torch.arange(6)[None]).tolist() == [5]
 
 
 @torch.no_grad()

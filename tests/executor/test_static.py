@@ -90,22 +90,34 @@ def test_a_step_looks_at_no_value(plan):
 
 
 class Counting:
-    """A compiler that runs graphs as they are, and counts them."""
+    """A compiler that counts graphs, and runs them as they are or hands them to another one."""
 
-    def __init__(self):
-        self.graphs = 0
+    def __init__(self, compiler=None):
+        self.graphs, self.compiler = 0, compiler
 
     def __call__(self, graph, inputs):
         self.graphs += 1
-        return graph.forward
+        return graph.forward if self.compiler is None else self.compiler(graph, inputs)
 
 
 @pytest.mark.parametrize("plan", slow_but(["yopo-12"], ["dense", *vis_sparse.plan_names()]))
 @torch.no_grad()
 def test_one_graph_serves_all_steps(plan):
-    torch._dynamo.reset()
     model = vis_sparse.patch(deep_model(4, torch.float32), plan, heads="first")
-    batch, steps, compiler = in_fp32(make_batch(model, *BATCHES["left"])), 64, Counting()
+    serves_all_steps(model, Counting())
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_one_graph_of_inductor_serves_all_steps():
+    from torch._inductor.compile_fx import compile_fx
+
+    serves_all_steps(vis_sparse.patch(deep_model(2, torch.float32), random_plan(601, layers=2)), Counting(compile_fx))
+
+
+def serves_all_steps(model, compiler: Counting):
+    torch._dynamo.reset()
+    batch, steps = in_fp32(make_batch(model, *BATCHES["left"])), 64
     longer = extended(model, batch, steps)
     expected, _ = run(model, longer, range(batch.length, longer.length))
     cache = filled(model, batch, longer.length)

@@ -7,6 +7,7 @@ CUDA graph's is.
 import copy
 import gc
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -82,7 +83,7 @@ def test_steps_are_the_eager_ones(plan, name, graphs):
 
 @torch.no_grad()
 def test_calls_of_every_kind_after_one_another(graphs):
-    """Steps, a call of text, another picture, steps, columns cropped, a copy that goes its own way, beams that repeat."""
+    """Steps, text, another picture, steps, columns cropped, a copy that goes its own way, beams that repeat."""
     eager, fast = pair(random_plan(603))
     prompt = [(5, IMAGE, 4), (2, IMAGE, 7)]
     batch = make_batch(eager, [(*sample, 2, IMAGE, 9) for sample in prompt])
@@ -218,3 +219,33 @@ def test_inference_mode(graphs):
     batch = make_batch(eager, *BATCHES["left"])
     tokens = [model.generate(**batch.to_generate(), max_new_tokens=6) for model in (eager, fast)]
     assert torch.equal(*tokens) and len(graphs) == 1
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled():
+    """Recordings as a CPU gets them, of a prompt and of steps: compiled once each."""
+    eager, fast = pair(random_plan(609, layers=2), num_hidden_layers=2, dtype=torch.float32)
+    for seed in (1, 2, 3):
+        batch = make_batch(eager, [(5, IMAGE, 4 + seed), (2, IMAGE, 3)], seed=seed)
+        tokens = [model.generate(**batch.to_generate(), max_new_tokens=12) for model in (eager, fast)]
+        assert torch.equal(*tokens)
+    found = fast.model.language_model._vis_sparse.graphs
+    assert [len(prompts._graphs) for _, prompts in found.values()] == [1]
+
+
+@torch.no_grad()
+def test_threads(graphs):
+    """Each with a cache of its own, all at once."""
+    eager, fast = pair(random_plan(610))
+    batches = [make_batch(eager, [(5, IMAGE, 4), (2, IMAGE, 3)], seed=seed) for seed in range(4)]
+    expected = [eager.generate(**batch.to_generate(), max_new_tokens=6) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(_generated, fast, batch) for batch in batches * 2]
+        given = [call.result() for call in calls]
+    assert all(map(torch.equal, given, expected * 2))
+
+
+def _generated(model, batch):
+    with torch.no_grad():
+        return model.generate(**batch.to_generate(), max_new_tokens=6)

@@ -8,7 +8,7 @@ from triton import language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from vis_sparse.kernels import reference, tables, tiled, tilings, triton_backend, tuning
-from vis_sparse.kernels.patterns import VisualPattern
+from vis_sparse.kernels.patterns import BlindHeads, StepMask, StepPattern, VisualPattern
 from vis_sparse.kernels.tuning import Blocks
 from vis_sparse.layout.layout import VisualLayout
 from vis_sparse.layout.packing import pack
@@ -67,6 +67,39 @@ def test_decode(blind, splits, monkeypatch):
             pattern = text_pattern(layout, BLIND[blind], queries)
             found = errors(triton_backend, pattern, inputs(pattern, 3, 1, 16), gradients=queries == 3)
             assert max(found.values()) <= 1e-5, found
+
+
+def step_pattern(kind: str, samples: int, slots: int, heads: int) -> StepPattern:
+    """everything: all slots. padded: some of each sample. room: those up to the last in use; behind it lies NaN."""
+    generator = torch.Generator().manual_seed(7)
+    if kind == "everything":
+        return StepPattern(slots, None, None)
+    read = torch.rand(samples, slots, generator=generator) < 0.6
+    read[0, :-1] = False  # a part of the slots with nothing to read
+    if kind == "padded":
+        return StepPattern(slots, StepMask(read[:, None, None]), None)
+    last = slots - 40
+    read[:, last + 1 :] = False
+    read[:, last] = True
+    blind = BlindHeads(torch.arange(heads) % 2 == 0, torch.arange(slots + 9) < 30)
+    return StepPattern(slots, StepMask(read[:, None, None]), blind, torch.tensor([last]))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("kind", ["everything", "padded", "room"])
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2), (20, 1)])
+def test_steps(kind, heads, kv_heads, splits, monkeypatch):
+    monkeypatch.setattr(tuning, "decode_splits", lambda *_: splits)
+    generator, (samples, slots) = torch.Generator().manual_seed(1), (2, 150)
+    query = torch.randn(samples, 1, heads, 16, generator=generator)
+    pair = torch.randn(samples, slots, 2 * kv_heads, 16, generator=generator)
+    pattern = step_pattern(kind, samples, slots, heads)
+    key, value = pair[:, :, :kv_heads], pair[:, :, kv_heads:]
+    expected = tiled.text_attention(query.double(), key.double(), value.double(), pattern, 0.25)
+    if pattern.last is not None:
+        pair[:, int(pattern.last) + 1 :] = float("nan")
+    given = triton_backend.text_attention(query, key, value, pattern, 0.25)
+    assert float((given - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])

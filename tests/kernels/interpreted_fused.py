@@ -58,7 +58,7 @@ def test_rotation(head_dim, width, with_norm):
 
 
 @pytest.mark.parametrize("with_norm", [False, True])
-@pytest.mark.parametrize("heads, units", [(4, (0, 1, 2, 3)), (10, (2, 0)), (None, (1,))])
+@pytest.mark.parametrize("heads, units", [(4, (0, 1, 2, 3)), (10, (2, 0)), (None, (1,)), (3, None)])
 @torch.no_grad()
 def test_rotation_into_a_store(heads, units, with_norm):
     head_dim, count, kv_heads = 24, 5, 4
@@ -66,10 +66,12 @@ def test_rotation_into_a_store(heads, units, with_norm):
     key, value = rows(count, kv_heads, head_dim, seed=1), rows(count, 2 * kv_heads, head_dim, seed=2)[:, ::2]
     norm = fused.HeadNorm(rows(1, head_dim)[0], rows(1, head_dim, seed=4)[0], 1e-6) if with_norm else None
     places = torch.tensor([8, 1, 0, 5, 7], dtype=torch.int32)
+    index = (None, None) if units is None else (places, torch.tensor(units, dtype=torch.int32))
+    held = kv_heads if units is None else len(units)
     found = []
     for module, dtype in ((fused_launches, torch.float32), (fused, torch.float64)):
-        stores = [torch.full((9, len(units), head_dim), 7.0, dtype=dtype) for _ in range(2)]
-        slots = fused.Slots(*stores, places, torch.tensor(units, dtype=torch.int32))
+        stores = [torch.full((9, held, head_dim), 7.0, dtype=dtype) for _ in range(2)]
+        slots = fused.Slots(*stores, *index)
         tensors = [None if t is None else t.to(dtype) for t in (query, key, value, *rotation(count, 16))]
         own = None if norm is None else fused.HeadNorm(norm.query.to(dtype), norm.key.to(dtype), norm.eps)
         found.append([module.rotate_into(*tensors, slots, own), *stores])

@@ -109,15 +109,15 @@ MUTANTS = mutants((
     ),
     (
         "blind heads read visual keys in steps", STEPS,
-        "Mask(~(heads[:, None] & self.is_visual)[None, :, None])",
-        "Mask(~(heads[:, None] & ~heads[:, None] & self.is_visual)[None, :, None])",
+        "hidden = None if blind is None else tables.blind(blind)",
+        "hidden = None",
         *oracle("one"),
     ),
     # A call's tables
     (
         "columns that are masked later are read", CALL,
-        "return cls(packing, book.slots.masked(mask), book.text_slots().masked(mask), device",
-        "return cls(packing, book.slots, book.text_slots(), device",
+        "seen, rest = book.slots.masked(mask), book.text_slots().masked(mask)\n        return cls(",
+        "seen, rest = book.slots, book.text_slots()\n        return cls(",
         "executor/test_call_tables.py::test_columns_that_are_masked_later_are_read_no_longer",
     ),
     (
@@ -161,27 +161,21 @@ MUTANTS = mutants((
     ),
     (
         "layers share a mask whichever heads are blind", CALL,
-        """        if (seen, blind) not in self._patterns:
-            columns = self.packing.text_columns + self.packing.past
-            slots = self._seen if seen else self._rest
-            self._patterns[seen, blind] = TextPattern(columns, slots, blind, self.device)
-        return self._patterns[seen, blind]""",
-        """        if seen not in self._patterns:
-            columns = self.packing.text_columns + self.packing.past
-            slots = self._seen if seen else self._rest
-            self._patterns[seen] = TextPattern(columns, slots, blind, self.device)
-        return self._patterns[seen]""",
+        "self._patterns[seen, blind] = TextPattern(columns, slots, blind, self.device, self._general, unblind)",
+        "self._patterns[seen, blind] = TextPattern(columns, slots, None, self.device, self._general)",
         *oracle("one", "left", "ragged"),
     ),
     (
         "layers share windows, stored or not", CALL,
         """        if (attention, stored) not in self._patterns:
             slots = self._seen if stored else self._unstored_slots()
-            self._patterns[attention, stored] = VisualPattern(attention, self.packing.visual, slots, self.device)
+            visual = self.packing.visual
+            self._patterns[attention, stored] = VisualPattern(attention, visual, slots, self.device, self._general)
         return self._patterns[attention, stored]""",
         """        if attention not in self._patterns:
             slots = self._seen if stored else self._unstored_slots()
-            self._patterns[attention] = VisualPattern(attention, self.packing.visual, slots, self.device)
+            visual = self.packing.visual
+            self._patterns[attention] = VisualPattern(attention, visual, slots, self.device, self._general)
         return self._patterns[attention]""",
         "executor/test_call_tables.py::test_layers_that_store_visual_keys_and_layers_that_do_not",
     ),
@@ -258,5 +252,30 @@ MUTANTS = mutants((
         "            cut.forget()\n        self._state, self._print = None, []",
         "            cut.forget()",
         "executor/test_weights_seen.py::test_copies_that_were_let_go_are_made_again",
+    ),
+    # Recordings
+    (
+        "a recording serves two caches at once", "executor/step_graphs.py",
+        "                self._free.remove(found)\n",
+        "                pass\n",
+        "executor/test_step_graphs.py::test_caches_side_by_side_have_recordings_of_their_own",
+    ),
+    (
+        "weights that moved are read where they lay", "executor/step_graphs.py",
+        "return bound is self._bound and places == self._places",
+        "return bound is self._bound",
+        "executor/test_step_graphs.py::test_changes_between_steps_are_noticed[other_data]",
+    ),
+    (
+        "a prompt runs on the tables of another", "executor/prompt_graphs.py",
+        "            if self._holds() is not call:\n",
+        "            if False:\n",
+        "executor/test_prompt_graphs.py::test_prompts_are_the_eager_ones[ragged-left-701-zero]",
+    ),
+    (
+        "masks of steps stay in the recording", "executor/step_graphs.py",
+        "            self._mask[:, : mask.shape[1]] = mask\n",
+        "            pass\n",
+        "executor/test_step_graphs.py::test_steps_are_the_eager_ones[random-600-right]",
     ),
 ))  # fmt: skip

@@ -86,8 +86,8 @@ MUTANTS = mutants((
     ),
     (
         "layers behind a cut share the book before it", LANES,
-        "            leads = lane.work.tokens is not None\n        return layers",
-        "            leads = False\n        return layers",
+        "leaves = [lane.work.tokens is not None for lane in self.layers[:-1]]",
+        "leaves = [False for lane in self.layers[:-1]]",
         "executor/test_tokens.py::test_bytes_of_the_cache_are_the_counted_ones",
         *dropping("fastv", "decode"),
     ),
@@ -175,7 +175,7 @@ MUTANTS = mutants((
     ),
     (
         "padding takes a share of the attention", SCORES,
-        "if allowed is not None:",
+        "if unread is not None:",
         "if False:",
         *dropping("fastv", "left", "right", "ragged"),
     ),

@@ -62,14 +62,14 @@ MUTANTS = mutants((
     ),
     (
         "tables of another length", STATE,
-        "key = None if past else (name, layout, length, device, *tables)",
-        "key = None if past else (name, layout, device, *tables)",
+        "key = None if past else (name, layout, length, device, general, *tables)",
+        "key = None if past else (name, layout, device, general, *tables)",
         "patches/test_state.py::test_tables_are_those_of_the_length",
     ),
     (
         "tables of chunks kept as those of first calls", STATE,
-        "key = None if past else (name, layout, length, device, *tables)",
-        "key = (name, layout, length, device, *tables)",
+        "key = None if past else (name, layout, length, device, general, *tables)",
+        "key = (name, layout, length, device, general, *tables)",
         "patches/test_state.py::test_chunks_of_one_length_have_tables_of_their_own",
     ),
     (

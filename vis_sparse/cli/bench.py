@@ -34,6 +34,7 @@ def bench_command(
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every variant once.")] = 5,
     decode: Annotated[bool, typer.Option("--decode", help="Also time a decode step after the prompt.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Time all variants under torch.compile.")] = False,
+    graphs: Annotated[bool, typer.Option("--graphs", help="Patched models run as graphs.")] = False,
     with_peers: Annotated[
         bool, typer.Option("--peers", help="`generate` on Qwen2.5-VL beside what else can be installed, instead.")
     ] = False,
@@ -57,9 +58,9 @@ def bench_command(
 ) -> None:
     """Time plans against the unpatched model, at full width with random weights; `kernels`: attention alone.
 
-    The unpatched model, the dense plan and each plan run in turns (with --compile one after the other). Timed is the
-    decoder on input embeddings; with --train a step of training, forward and backward apart. The JSON is one object
-    for one plan, a list of objects for several.
+    The unpatched model, the dense plan and each plan run in turns (with --compile or --graphs one after the other).
+    Timed is the decoder on input embeddings; with --train a step of training, forward and backward apart. The JSON is
+    one object for one plan, a list of objects for several.
     """
     if context.invoked_subcommand is not None:
         return
@@ -72,8 +73,8 @@ def bench_command(
     names = list(dict.fromkeys(name.strip() for name in plan.split(",")))
     one_of(clock, ("wall", "process"), "--clock")
     if train:
-        for option, given in (("--decode", decode), ("--compile", compiled), ("--peers", with_peers),
-                              ("--calibration", calibration)):  # fmt: skip
+        for option, given in (("--decode", decode), ("--compile", compiled), ("--graphs", graphs),
+                              ("--peers", with_peers), ("--calibration", calibration)):  # fmt: skip
             if given:
                 raise typer.BadParameter("got --train beside it, expected one of them", param_hint=option)
         with progress("training steps in turns") as on_turn:
@@ -85,6 +86,8 @@ def bench_command(
         return
     if with_peers and calibration is not None:
         raise typer.BadParameter("got a file beside --peers, expected none", param_hint="--calibration")
+    if compiled and graphs:
+        raise typer.BadParameter("got --compile beside it, expected one of them", param_hint="--graphs")
     if scattered and not host:
         raise typer.BadParameter("got it without --host, expected both", param_hint="--scattered")
     if host:
@@ -115,6 +118,7 @@ def bench_command(
             repeats=repeats,
             decode=decode,
             compiler="inductor" if compiled else None,
+            graphs=graphs,
             calibration=calibration,
             on_turn=on_turn,
         )

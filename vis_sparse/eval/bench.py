@@ -22,6 +22,7 @@ def bench(
     repeats: int = 5,
     decode: bool = False,
     compiler: str | None = None,
+    graphs: bool = False,
     calibration: Path | None = None,
     on_turn=None,
 ) -> list[dict]:
@@ -30,6 +31,7 @@ def bench(
     model: a shipped shape or a checkpoint folder (for its sizes; the weights are random). plans: names or YAML files.
     layers: decoder layers that are built; plans are resolved for that depth. image_size: (height, width) in pixels.
     compiler: backend of torch.compile for all variants, which then run one after the other; None: eager, in turns.
+    graphs: patched variants run as graphs, one variant after the other too.
     calibration: file that says which heads and neurons budgets keep, of a model of this depth; None: the first ones.
     on_turn(done, total): called after each timed turn. Raises PlanError or ShapeError before anything is built.
     """
@@ -53,6 +55,7 @@ def bench(
         {name: resolved(plan, shape, calibration) for plan, name in names.items()},
         heads="first",
         compiler=compiler,
+        graphs=graphs,
     )
     total, done = repeats * len(measurement.variants), 0
 
@@ -72,6 +75,7 @@ def bench(
         "dtype": dtype,
         "repeats": repeats,
         "compiler": compiler,
+        "graphs": graphs,
         "timed": "decoder layers and final norm on input embeddings; no vision tower, projector or LM head",
     }
     facts = machine_facts(place["device"])

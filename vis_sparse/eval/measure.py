@@ -43,13 +43,15 @@ class Measurement:
         plans: dict[str, VisualPlan],
         heads=None,
         compiler: str | None = None,
+        graphs: bool = False,
     ):
         """embeddings: (batch, tokens, hidden), without padding. plans: by label. heads: as in `vis_sparse.patch`.
 
-        compiler: backend of torch.compile for every variant, the unpatched model too; None: eager.
+        compiler: backend of torch.compile for every variant, the unpatched model too; None: eager. graphs: of patched
+        variants, as `vis_sparse.patch` takes it.
         """
         self.model, self.embeddings, self.layout, self.heads = model, embeddings, layout, heads
-        self.compiler, self._current, self._decoder = compiler, None, None
+        self.compiler, self.graphs, self._current, self._decoder = compiler, graphs, None, None
         self.labels = tuple(plans)
         self.plans = {DENSE_PLAN: VisualPlan.dense(shape_of(model).layers)} | plans
         self.variants = (UNPATCHED, *self.plans)
@@ -57,7 +59,7 @@ class Measurement:
     def run(self, repeats: int = 5, decode: bool = False, on_turn: Callable[[], None] = lambda: None) -> dict:
         """{label: its figures (see `_figures`) and its strip}, everything timed in turns. The model is left unpatched.
 
-        Compiled variants are timed one after the other, since patching again would mean compiling again.
+        Compiled variants and graphs are timed one after the other, since patching again would mean compiling again.
         decode: also time a decode step at the end of the prompt. on_turn: called after each of the
         `repeats * len(variants)` turns.
         """
@@ -67,7 +69,7 @@ class Measurement:
             self._switch(variant)
             if variant not in sizes:
                 sizes[variant], warm_s[variant] = self._warm_up()
-                if self.compiler:
+                if self.compiler or self.graphs:
                     self._compile(decode)
             elif warm_s[variant] < FULL_WARM_UP_BELOW:
                 self._prefill()
@@ -79,7 +81,8 @@ class Measurement:
 
         try:
             with torch.no_grad():
-                groups = [[variant] for variant in self.variants] if self.compiler else [self.variants]
+                one_by_one = self.compiler or self.graphs
+                groups = [[variant] for variant in self.variants] if one_by_one else [self.variants]
                 samples = {}
                 for group in groups:
                     samples |= in_turns(group, turn, repeats)
@@ -95,13 +98,14 @@ class Measurement:
         if variant == UNPATCHED:
             vis_sparse.unpatch(self.model)
         else:
-            vis_sparse.patch(self.model, self.plans[variant], heads=self.heads)
+            vis_sparse.patch(self.model, self.plans[variant], heads=self.heads, graphs=self.graphs)
         self._current, self._decoder = variant, self.model.model.language_model
 
     def _compile(self, decode: bool) -> None:
-        """Compile the current variant and run it until every shape of a turn has its code."""
+        """Run the current variant, compiled if it is to be, until every shape of a turn has its code or its graph."""
         torch._dynamo.reset()
-        self._decoder = torch.compile(self._decoder, backend=self.compiler)
+        if self.compiler:
+            self._decoder = torch.compile(self._decoder, backend=self.compiler)
         for _ in range(COMPILED_WARM_UPS):
             self._seconds(decode)
 

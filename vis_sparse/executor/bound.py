@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import repeat
 from operator import is_
+from types import ModuleType
 
 import torch
 from torch import nn
 
+from ..kernels import fused, fused_operations
+from ..kernels.fused import HeadNorm, Slots
 from .rows import add_rows
 from .weights import CutLinear, is_plain, is_small, listens, product, select
 
@@ -32,8 +35,20 @@ class BoundLayer:
 
     def __init__(self, layer, cuts: dict[str, CutLinear]):
         modules = {part: layer.module(part) for part in layer.parts}
+        self.fused = operations = _operations(modules["query"])
+        self._norms = {
+            part: (modules[part], layer.norms[part][1])
+            for part in layer.norms
+            if _computes_rms(modules[part], *layer.norms[part])
+        }
         for part, module in modules.items():
-            setattr(self, part, _function(module, layer.fused.get(part), layer.norms.get(part)))
+            setattr(self, part, _function(module, layer.fused.get(part)))
+        for part, (module, eps) in self._norms.items():
+            setattr(self, part, _rms(module, eps, operations))
+        heads = {"query_norm", "key_norm"} & modules.keys()
+        epsilons = {vars(module)[eps] for part, (module, eps) in self._norms.items() if part in heads}
+        self.turns_at_once = operations is not None and heads <= self._norms.keys() and len(epsilons) <= 1
+        self.gates_at_once = operations is not None and _is_silu(modules["activation"])
         for name, cut in cuts.items():
             modules_of = cut.modules()
             plain = all(map(is_plain, modules_of))
@@ -45,6 +60,33 @@ class BoundLayer:
         names = ("query", "key", "value")
         whole = all(is_plain(modules[name]) for name in names)
         self.linears = [(modules[name]._parameters, layer.fused.get(name)) for name in names] if whole else None
+
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """The activation of gate, times up, where it `gates_at_once`."""
+        return self.fused.silu_mul(gate, up)
+
+    def turned(self, y: torch.Tensor, queries: int, keys: int, cos: torch.Tensor, sin: torch.Tensor):
+        """Of y (rows, queries + keys + values, head_dim): queries, and keys beside values, normed and rotated, where it
+        `turns_at_once`. cos, sin: (rows, 1, width)."""
+        if not keys:
+            query, norm = y[:, :queries], self._head_norm()
+            weight, eps = (None, 0.0) if norm is None else (norm.query, norm.eps)
+            return self.fused.rotate(query, cos.squeeze(1), sin.squeeze(1), weight, eps), y[:, queries:]
+        kv = y.new_empty(len(y), 2 * keys, y.shape[2])
+        return self.turned_into(y, queries, keys, cos, sin, Slots(kv[:, :keys], kv[:, keys:])), kv
+
+    def turned_into(self, y: torch.Tensor, queries: int, keys: int, cos, sin, slots: Slots, with_query: bool = True):
+        """As `turned`, with keys and values written into a store. Returns the queries."""
+        query, key, value = y[:, :queries], y[:, queries : queries + keys], y[:, queries + keys :]
+        query = query if queries and with_query else None
+        return self.fused.rotate_into(query, key, value, cos.squeeze(1), sin.squeeze(1), slots, self._head_norm())
+
+    def _head_norm(self) -> HeadNorm | None:
+        if "query_norm" not in self._norms:
+            return None
+        (query, eps), (key, _) = self._norms["query_norm"], self._norms["key_norm"]
+        return HeadNorm(query._parameters["weight"], key._parameters["weight"], vars(query)[eps])
 
 
 class Product:
@@ -79,9 +121,7 @@ class Called:
         return add_rows(x, start, self._call(h))
 
 
-def _function(module, outputs: range | None, norm: tuple[type, str] | None) -> Function:
-    if norm is not None and _computes_rms(module, *norm):
-        return _rms(module, norm[1])
+def _function(module, outputs: range | None) -> Function:
     if is_plain(module):
         parameters = module._parameters
         return Product(lambda: own(parameters, outputs))
@@ -102,14 +142,33 @@ def _computes_rms(module: nn.Module, kind: type, eps: str) -> bool:
     return type(module) is kind and eps in held and not listens(held)
 
 
-def _rms(module: nn.Module, eps: str) -> Function:
+def _rms(module: nn.Module, eps: str, operations: ModuleType | None) -> Function:
     held, parameters = vars(module), module._parameters
 
     def call(x):
         weight = parameters["weight"]
         return torch.rms_norm(x, weight.shape, weight, held[eps])
 
-    return call
+    def at_once(x):
+        weight = parameters["weight"]
+        if x.dim() > 2 or x.dtype != weight.dtype or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return call(x)
+        return operations.rms_norm(x, weight, held[eps])
+
+    return call if operations is None else at_once
+
+
+def _operations(module) -> ModuleType | None:
+    """The kernels that do in one launch what lies around the products, where weights like a module's have any."""
+    weight = module._parameters.get("weight") if isinstance(module, nn.Module) else None
+    found = None if weight is None else fused_operations(weight)
+    return None if found is fused else found
+
+
+def _is_silu(module) -> bool:
+    if not isinstance(module, nn.Module) or listens(vars(module)):
+        return module is nn.functional.silu
+    return type(module).__name__ in ("SiLU", "SiLUActivation") and _is_plain_function(module)
 
 
 def _is_plain_function(module) -> bool:
@@ -138,20 +197,24 @@ class Bound:
         self._heard = list(map(bool, self._hooks))
         self._replaced = self._with_own_functions()
         self._parameters = [held["_parameters"] for held in self._held]
-        self._kinds = self._kinds_of_weights()
-        numbers = [(held, name) for held in self._held for name in held if type(held[name]) in (int, float, bool)]
-        self._numbers = [held for held, _ in numbers], [name for _, name in numbers]
+        self._kinds, self._at = self._kinds_of_weights(), self._home()
+        self._numbered = [
+            (held, name)
+            for kind, held in zip(self._types, self._held)
+            for name in held
+            if kind is not nn.Linear and type(held[name]) in (int, float, bool)
+        ]
+        self._numbers = self._numbers_now()
 
     @property
     def is_recordable(self) -> bool:
         return all(layer.is_recordable for layer in self.layers)
 
     def places(self) -> tuple[list, ...]:
-        """Where and how weights lie, and the modules' numbers (epsilons): what a recording goes by, beside `holds`."""
+        """Where and how weights lie: what a recording goes by, beside `holds`."""
         weights = [weight for held in self._parameters for weight in held.values() if weight is not None]
         kinds = [weight.dtype for weight in weights]
-        strides, numbers = list(map(torch.Tensor.stride, weights)), list(map(dict.get, *self._numbers))
-        return list(map(torch.Tensor.data_ptr, weights)), kinds, strides, numbers
+        return list(map(torch.Tensor.data_ptr, weights)), kinds, list(map(torch.Tensor.stride, weights))
 
     def holds(self) -> bool:
         """Whether every part is run now as it was when it was bound."""
@@ -161,11 +224,22 @@ class Bound:
             and list(map(bool, self._hooks)) == self._heard
             and self._with_own_functions() == self._replaced
             and self._kinds_of_weights() == self._kinds
+            and self._home() == self._at
+            and self._numbers_now() == self._numbers
         )
 
     def _with_own_functions(self) -> list[bool]:
         names = ("forward", "_hf_hook")
         return [found for name in names for found in map(dict.__contains__, self._held, repeat(name))]
+
+    def _numbers_now(self) -> list:
+        """What modules that are no linear layers compute with: epsilons."""
+        return [held.get(name) for held, name in self._numbered]
+
+    def _home(self) -> tuple | None:
+        """Device and dtype, by which kernels are chosen."""
+        weight = next((held.get("weight") for held in self._parameters if held.get("weight") is not None), None)
+        return None if weight is None else (weight.device, weight.dtype)
 
     def _kinds_of_weights(self) -> list[type]:
         return list(map(type, map(dict.get, self._parameters, repeat("weight"))))

@@ -161,6 +161,23 @@ class Store:
         self.length = end
         return self.tensors
 
+    def has_room(self) -> bool:
+        """Whether the next slot may be written into the buffer, which grows for it."""
+        if not self._grows_in_place():
+            return False
+        if self.length == self.buffer.shape[1]:
+            self.buffer = self._grown(self.length + 1 + self.length // 4)
+        return True
+
+    @property
+    def next(self) -> int:
+        """The next slot."""
+        return self.length
+
+    def step(self) -> None:
+        """The next slot has been written."""
+        self.length += 1
+
     def _grows_in_place(self) -> bool:
         """Not where a backward pass may need what is overwritten, be it for the queries' sake alone, nor outside of the
         inference mode that made the buffer."""
@@ -224,6 +241,17 @@ class FixedStore:
         """Write the next slot; returns all keys and values, room and all."""
         self.buffer.index_copy_(1, self.at, new)
         return self.tensors
+
+    def has_room(self) -> bool:
+        return True
+
+    @property
+    def next(self) -> torch.Tensor:
+        """The next slot, int32."""
+        return self.at.int()
+
+    def step(self) -> None:
+        """`at` goes on for all stores together."""
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,8 +19,10 @@ class Call:
     appended, (batch, slots). mask: (batch, columns) bool, False = padding; None = none, or as the slots say.
     in_sequence: the rows of `packing` at their columns of the sequence, where `packing` has others (`leaving`).
     ranks: (batch,) the text row of each sample, counted in the padded text, whose attention ranks visual tokens; None =
-    the last.
+    the last. general: whether tables take the one form that fits every text of as many rows (`prompt_graphs`).
     """
+
+    is_step = False
 
     def __init__(
         self,
@@ -31,6 +33,7 @@ class Call:
         mask: np.ndarray | None = None,
         in_sequence: Packing | None = None,
         ranks: np.ndarray | None = None,
+        general: bool = False,
     ):
         self.packing, self.device, self.mask, self._ranks = packing, device, mask, ranks
         self.in_sequence = packing if in_sequence is None else in_sequence
@@ -40,14 +43,23 @@ class Call:
         self.batch = packing.batch
         self._text_shape, self._visual_shape = packing.text_columns.shape, packing.visual_slots.shape
         self._packed_is_padded = packing.packed_is_padded
+        self._general = general
         self.has_run = False  # whether the backend's tables have been built
+        self.alike: dict[tuple, tuple] = {}  # what recordings go by
 
     @classmethod
     def over(
-        cls, packing: Packing, book, mask: np.ndarray | None, device: torch.device, ranks: np.ndarray | None = None
+        cls,
+        packing: Packing,
+        book,
+        mask: np.ndarray | None,
+        device: torch.device,
+        ranks: np.ndarray | None = None,
+        general: bool = False,
     ) -> Call:
         """The tables of a call whose slots `book` already has."""
-        return cls(packing, book.slots.masked(mask), book.text_slots().masked(mask), device, mask, ranks=ranks)
+        seen, rest = book.slots.masked(mask), book.text_slots().masked(mask)
+        return cls(packing, seen, rest, device, mask, ranks=ranks, general=general)
 
     def leaving(self, kept: np.ndarray, book) -> Call:
         """The tables of the layers that only the packed visual rows `kept` reach; appends their slots to `book`.
@@ -61,6 +73,16 @@ class Call:
         places = places_of(seen, left.past + left.length)
         moved = (tables.moved(places) for tables in (left, seen, rest))
         return Call(*moved, self.device, self.mask, left, self._ranks)
+
+    @property
+    def shapes(self) -> tuple:
+        """Of its text rows and visual slots, and the number of its visual rows."""
+        return self._text_shape, self._visual_shape, self.packing.num_visual
+
+    @property
+    def tables(self) -> dict:
+        """The tables that its layers read, built so far."""
+        return {"patterns": self._patterns, "slots": None if self._packed_is_padded else self._visual_slots}
 
     @cached_property
     def own_slots(self) -> Coordinates:
@@ -91,6 +113,8 @@ class Call:
     @cached_property
     def order(self) -> torch.Tensor | None:
         """Row of every column, where each column is a row: the way back into the sequence's order."""
+        if self._general:
+            return None
         covers = self._is_real.all() and len(self._index) == self.packing.batch * self.packing.length
         return self._to(np.argsort(self._index)) if covers and not self.packing.past else None
 
@@ -150,21 +174,22 @@ class Call:
         return text[self._to(np.arange(self.batch)), self._to(self._ranks)]
 
     @cached_property
-    def read_slots(self) -> torch.Tensor | None:
-        """(batch, slots) bool: what the ranking rows read of the `seen` store, in heads that read visual keys; None if
-        all. Nothing visual comes after them (`tokens.check_text_follows`)."""
+    def unread_slots(self) -> torch.Tensor | None:
+        """(batch, slots) bool: what the ranking rows do not read of the `seen` store, in heads that read visual keys;
+        None if nothing. Nothing visual comes after them (`tokens.check_text_follows`)."""
         read = self._seen.valid
         if self._ranks is not None:
             last = self.packing.text_columns[np.arange(self.batch), self._ranks] + self.packing.past
             read = read & (self._seen.column <= last[:, None])
-        return None if read.all() else self._to(read)
+        return None if read.all() else self._to(~read)
 
     def text_pattern(self, seen: bool, blind: tuple[bool, ...] | None = None) -> TextPattern:
         """What text queries read of the `seen` store, or of the `rest` store."""
         if (seen, blind) not in self._patterns:
             columns = self.packing.text_columns + self.packing.past
             slots = self._seen if seen else self._rest
-            self._patterns[seen, blind] = TextPattern(columns, slots, blind, self.device)
+            unblind = None if blind is None else self.text_pattern(seen)
+            self._patterns[seen, blind] = TextPattern(columns, slots, blind, self.device, self._general, unblind)
         return self._patterns[seen, blind]
 
     def visual_pattern(self, attention, stored: bool) -> VisualPattern:
@@ -172,7 +197,8 @@ class Call:
         with the call's visual slots between the past and the call's text."""
         if (attention, stored) not in self._patterns:
             slots = self._seen if stored else self._unstored_slots()
-            self._patterns[attention, stored] = VisualPattern(attention, self.packing.visual, slots, self.device)
+            visual = self.packing.visual
+            self._patterns[attention, stored] = VisualPattern(attention, visual, slots, self.device, self._general)
         return self._patterns[attention, stored]
 
     def _unstored_slots(self) -> Coordinates:

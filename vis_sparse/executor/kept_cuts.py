@@ -30,6 +30,10 @@ class KeptCuts:
     def bytes(self) -> int:
         return sum(cut.extra_bytes for cut in self._cuts)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All copies."""
+        return [tensor for cut in self._cuts for tensor in cut.kept if tensor is not None]
+
     @torch.compiler.disable
     def refresh(self) -> None:
         """Bring every copy up to date; none is kept of what is called whole, or while gradients are recorded for it."""

@@ -137,9 +137,8 @@ class LaneExecutor:
                 kept = self._kept(index, x, scores, call)
                 following = call.leaving(kept, book)
                 if call.in_sequence.num_visual:
-                    kept = on_device(kept, x.device)
-                    passed.append((x[call.num_text :], kept))
-                    rows = torch.cat([torch.arange(call.num_text, device=x.device), call.num_text + kept])
+                    rows = on_device(np.concatenate([np.arange(call.num_text), call.num_text + kept]), x.device)
+                    passed.append((x[call.num_text :], rows[call.num_text :] - call.num_text))
                     x, cos, sin = (t.index_select(0, rows) for t in (x, cos, sin))
                     angles = Angles.of(cos, sin, call.num_text)
                 call = following

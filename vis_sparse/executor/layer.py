@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..kernels import Backend
+from ..kernels.fused import Slots
 from ..plans.schedule import LayerWork
 from .bound import Bound, BoundLayer, own
 from .cache import Store, halves
@@ -21,7 +22,7 @@ from .head_map import head_map
 from .rows import add_rows, rotate, rotate_into
 from .shared_gradients import products, shares_gradient
 from .token_scores import attention_received
-from .weights import CutLinear, Selection, index_on, is_plain, is_small, select, tensors, unit_columns
+from .weights import CutLinear, Selection, index_on, is_plain, is_small, tensors, unit_columns
 
 _ALL, _QUERY, _KEYS = ("query", "key", "value"), ("query",), ("key", "value")
 
@@ -52,10 +53,13 @@ class LaneLayer:
         self.seen, self.rest, self.visual_units = (
             _of_pairs(each, units) for each in (heads.seen, heads.rest, heads.keys)
         )
+        self.units = tuple(Selection(each, units) for each in (heads.seen, heads.rest))
+        self.writes_steps = heads.expand == 1
         self.seen_queries, self.rest_queries, self.merge = (
             Selection(each, decoder.num_heads) for each in (heads.seen_queries, heads.rest_queries, heads.merge)
         )
-        self.zeroed = tuple(len(heads.keys) + unit for unit in heads.zeroed)
+        self.zeroed = Selection([len(heads.keys) + unit for unit in heads.zeroed])
+        self.visual_keys = None if heads.visual_keys is None else Selection(heads.visual_keys)
         # which projections visual rows share with the text rows: all three, keys and values, or else a cut of their own
         whole = len(work.key_heads) == decoder.num_kv_heads
         self.shares_all = whole and len(work.query_heads) == decoder.num_heads
@@ -109,8 +113,11 @@ class LaneLayer:
         """
         if x.shape[0] > call.num_text:
             return self._both_lanes(x, call, angles, parts, stores, in_place)
-        query, kv = self._projected(parts.input_norm(x), _ALL, angles.text, parts, in_place)
-        self._store(call.by_sample(kv), None, stores)
+        if in_place and parts.turns_at_once and self.writes_steps and call.is_step and call.has_room(stores):
+            query = self._into_stores(parts.input_norm(x), call, angles.text, parts, stores)
+        else:
+            query, kv = self._projected(parts.input_norm(x), _ALL, angles.text, parts, in_place)
+            self._store(call.by_sample(kv), None, stores)
         x = _add(parts.output, x, 0, self._text_attention(query, call, stores), in_place)
         return self._feed_forward(x, x, None, parts, in_place), None
 
@@ -145,17 +152,34 @@ class LaneLayer:
         h = x if self.whole_ffn or self.cuts_ffn else x[:num_text]
         return self._feed_forward(x, h, num_text if self.cuts_ffn else None, parts, in_place), scores
 
+    def _into_stores(self, h, call, angles, parts: BoundLayer, stores):
+        """A step's queries; its keys and values go where its tables say, turned on the way."""
+        y = self._products(h, _ALL, parts, in_place=True)
+        y = y.view(len(y), y.shape[1] // self.head_dim, self.head_dim)
+        query = None
+        for place, (store, units) in enumerate(zip(stores, self.units)):
+            if not units:
+                continue
+            key, value = (half.flatten(0, 1) for half in halves(store.buffer))
+            slots = Slots(key, value, call.places(place, store), None if units.is_whole else units.on(y.device))
+            turned = parts.turned_into(y, self.num["query"], self.num["key"], *angles, slots, query is None)
+            query = turned if query is None else query
+            store.step()
+        return query
+
     def _projected(self, h, names: tuple[str, ...], angles, parts: BoundLayer, in_place: bool):
         """Of `names`: queries (rows, heads, head_dim), keys beside values (rows, 2 x KV heads, head_dim), turned."""
-        if in_place and parts.linears is not None and is_small(len(h), parts.linears[0][0]["weight"]):
-            y = self._side_by_side(h, names, parts)
-        elif len(names) == 1:
-            y = parts.query(h).contiguous()
-        else:
-            y = torch.cat([getattr(parts, name)(h) for name in names], 1)
+        y = self._products(h, names, parts, in_place)
         queries, keys = self.num["query"] * ("query" in names), self.num["key"] * ("key" in names)
         query, kv = self._turned(y, queries, keys, angles, parts, in_place)
         return query, kv if self.heads.expand == 1 else kv.repeat_interleave(self.heads.expand, dim=1)
+
+    def _products(self, h, names: tuple[str, ...], parts: BoundLayer, in_place: bool) -> torch.Tensor:
+        if in_place and parts.linears is not None and is_small(len(h), parts.linears[0][0]["weight"]):
+            return self._side_by_side(h, names, parts)
+        if len(names) == 1:
+            return parts.query(h).contiguous()
+        return torch.cat([getattr(parts, name)(h) for name in names], 1)
 
     def _side_by_side(self, h, names: tuple[str, ...], parts: BoundLayer) -> torch.Tensor:
         """Small products where they are wanted, so that nothing has to be joined behind them."""
@@ -172,6 +196,8 @@ class LaneLayer:
     def _turned(self, y, queries: int, keys: int, angles, parts: BoundLayer, in_place: bool):
         """Of y (rows, queries + keys + values): the queries, and keys beside values, after norms and rotation."""
         y = y.view(len(y), y.shape[1] // self.head_dim, self.head_dim)
+        if in_place and parts.turns_at_once:
+            return parts.turned(y, queries, keys, *angles)
         turned = y[:, : queries + keys]
         if self.has_norms:
             pieces = ((parts.query_norm, y[:, :queries]), (parts.key_norm, y[:, queries : queries + keys]))
@@ -185,7 +211,7 @@ class LaneLayer:
     def _slots(self, visual_kv, call: Call):
         """Visual keys and values by sample, (batch, visual slots, 2 x units, head_dim)."""
         if self.zeroed:
-            visual_kv = visual_kv.index_fill(1, index_on(self.zeroed, visual_kv.device), 0.0)
+            visual_kv = visual_kv.index_fill(1, self.zeroed.on(visual_kv.device), 0.0)
         return call.visual_by_sample(visual_kv)
 
     def _store(self, text, visual, stores):
@@ -224,8 +250,8 @@ class LaneLayer:
             x = _add(parts.output, x, 0, out, in_place)
             return self._add_bias(x, num_text, parts) if self.work.attention != "none" else x
         pattern = call.visual_pattern(self.work.attention, self.work.stores)
-        if self.heads.visual_keys is not None:
-            keys_values = [select(t, 2, self.heads.visual_keys) for t in keys_values]
+        if self.visual_keys is not None:
+            keys_values = [self.visual_keys(t, 2) for t in keys_values]
         seen = self.backend.visual_attention(visual_query, *keys_values, pattern, self.layer.scale).flatten(1)
         if len(self.work.query_heads) == self.num["query"]:
             return _add(parts.output, x, 0, torch.cat([out, seen]), in_place)
@@ -260,7 +286,7 @@ class LaneLayer:
         if heads.blind is not None:
             readers = index_on(tuple(i for i, blind in enumerate(heads.blind) if not blind), last.device)
         last = self.seen_queries(last, 1)
-        return call.by_packed(attention_received(last, seen.tensors[0], call.read_slots, readers, self.layer.scale))
+        return call.by_packed(attention_received(last, seen.tensors[0], call.unread_slots, readers, self.layer.scale))
 
     def _feed_forward(self, x, h, cut_from: int | None, parts: BoundLayer, in_place: bool):
         """x with what the FFN makes of its first rows, `h`; those from `cut_from` on use the cut of visual rows."""
@@ -284,6 +310,8 @@ def _add(part, x, start: int, h, in_place: bool):
 
 
 def _gated(h, gate, up, parts: BoundLayer, in_place: bool):
+    if in_place and parts.gates_at_once:
+        return parts.gated(gate(h), up(h))
     inner, factor = parts.activation(gate(h)), up(h)
     return inner.mul_(factor) if in_place else inner * factor
 

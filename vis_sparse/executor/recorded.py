@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .weights import autocasts
+from .weights import RECORDS, autocasts
 
 _LOCK = threading.Lock()  # neither compilers nor captures like company
 _WARM_UPS = 2
@@ -28,6 +27,12 @@ def record(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) 
     kind = CudaRecording if inputs[0].is_cuda else Recording
     with _LOCK, torch.inference_mode(False), torch.no_grad():
         return kind(function, inputs)
+
+
+def bucket(number: int, smallest: int = 16) -> int:
+    """The number or a little more (at most a quarter): few different ones, multiples of an eighth of a power of two."""
+    step = max(smallest, 2 ** ((number - 1).bit_length() - 3)) if number > 1 else smallest
+    return -(-number // step) * step
 
 
 def may_replay(device: torch.device) -> bool:
@@ -51,7 +56,19 @@ class Recording:
         self._prepare(function)
 
     def _prepare(self, function: Callable[..., Sequence[Tensor]]) -> None:
-        self._graph = compiled(make_fx(lambda *inputs: function(*inputs))(*self._inputs))
+        from torch.fx.experimental.proxy_tensor import make_fx  # a second of imports
+
+        token = RECORDS.set(True)
+        try:
+            graph = make_fx(lambda *inputs: function(*inputs))(*self._inputs)
+        finally:
+            RECORDS.reset(token)
+        self._graph = compiled(graph)
+
+    @property
+    def bytes(self) -> int:
+        """Of what it holds on to."""
+        return sum(each.nbytes for each in self._inputs)
 
     def wait(self) -> None:
         """Before what the recording reads and writes is changed: until its last run is over, as far as that is asked
@@ -83,6 +100,10 @@ class CudaRecording(Recording):
             # other threads may allocate meanwhile
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._outputs = list(function(*self._inputs))
+
+    @property
+    def bytes(self) -> int:
+        return super().bytes + sum(each.nbytes for each in self._outputs)
 
     def wait(self) -> None:
         # another thread may have run it, on a stream of its own

@@ -18,17 +18,11 @@ from torch import Tensor
 from .bound import Bound
 from .cache import FixedStore, LaneCacheLayer, Lease
 from .lanes import LaneExecutor, linked
-from .recorded import record
+from .recorded import bucket, record
 from .steps import FixedSteps, mask_of_step
 
 LIMIT = 256 * 2**20  # bytes of stores that nobody has borrowed; the last one is kept whatever it holds
 _ROOM = 64  # steps that a recording has room for at least
-
-
-def bucket(number: int, smallest: int = 16) -> int:
-    """The number or a little more (at most a quarter): few different ones, multiples of an eighth of a power of two."""
-    step = max(smallest, 2 ** ((number - 1).bit_length() - 3)) if number > 1 else smallest
-    return -(-number // step) * step
 
 
 class Shape(NamedTuple):

@@ -175,6 +175,7 @@ class StepPacking(NamedTuple):
     past: int
     batch: int
     length: int = 1
+    longest_text: int = 1
 
     @property
     def num_text(self) -> int:
@@ -185,7 +186,7 @@ class Step:
     """The tables of one step, as layers ask a `Call` for them."""
 
     order = None
-    has_run = True
+    has_run = is_step = True
 
     def __init__(self, tables: Steps | FixedSteps, slots: list[int], mask: torch.Tensor | None, packing=None):
         self.batch = self.num_text = tables.batch
@@ -193,6 +194,7 @@ class Step:
         self.following: Step | None = None  # the same step's tables behind layers after which tokens left
         self._tables, self._slots, self._mask = tables, slots, mask
         self._patterns: dict = {}
+        self._places: dict = {}
         self._read: dict[int, StepMask | None] = {}
 
     def split(self, hidden, cos, sin):
@@ -206,6 +208,18 @@ class Step:
 
     def by_sample(self, text):
         return text[:, None]
+
+    def has_room(self, stores) -> bool:
+        """Whether a slot more can be written into the stores where they lie; makes room."""
+        return all([store.has_room() for store in stores if store.buffer is not None])
+
+    def places(self, place: int, store) -> torch.Tensor:
+        """(batch,) int32: the step's slot of each sample in a store whose samples lie one after the other."""
+        room = store.buffer.shape[1]
+        if (place, room) not in self._places:
+            first = torch.arange(0, self.batch * room, room, dtype=torch.int32, device=store.buffer.device)
+            self._places[place, room] = first + store.next
+        return self._places[place, room]
 
     def text_pattern(self, seen: bool, blind: tuple[bool, ...] | None = None) -> StepPattern:
         if (seen, blind) not in self._patterns:

@@ -7,25 +7,29 @@ import torch
 
 
 def attention_received(
-    query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | None, heads: torch.Tensor | None, scale: float
+    query: torch.Tensor, key: torch.Tensor, unread: torch.Tensor | None, heads: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
     """The share of each sample's query that every key slot gets, mean over the heads, (batch, slots).
 
-    query (batch, heads, head_dim), one row a sample; key (batch, slots, kv_heads, head_dim); allowed: (batch, slots)
-    bool, the slots that are read, None for all; heads: those that count, None for all.
+    query (batch, heads, head_dim), one row a sample; key (batch, slots, kv_heads, head_dim); unread: (batch, slots)
+    bool, the slots that are not read, None for none; heads: those that count, None for all.
     """
     grouped = query.unflatten(1, (key.shape[2], -1))
-    scores = torch.einsum("bkgd,bskd->bkgs", grouped, key).flatten(1, 2)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed[:, None], -torch.inf)
+    scores = (grouped @ key.permute(0, 2, 3, 1)).flatten(1, 2)
+    scores = scores.to(_wide(scores.dtype)) * scale
+    if unread is not None:
+        scores = scores.masked_fill(unread[:, None], -torch.inf)
     shares = scores.softmax(-1)
     return (shares if heads is None else shares.index_select(1, heads)).mean(1)
 
 
 def norms(rows: torch.Tensor) -> torch.Tensor:
     """L2 norms of rows (n, d), in fp32 at least."""
-    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=_wide(rows.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def on_host(scores: torch.Tensor) -> np.ndarray:

@@ -10,6 +10,7 @@ Whether a kept copy is still what the parameters say is decided in `kept_cuts.py
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from functools import lru_cache
 from math import prod
 
@@ -22,6 +23,8 @@ from torch.utils.flop_counter import register_flop_formula
 # (docs/speed.md has the measurement; `python -m vis_sparse.eval.bench_products` makes it).
 _ONE_DNN_FROM = 2**20
 _MIN_ROWS = 16  # of products that oneDNN may not run, from which the operands' order counts
+# Whether this context traces what a compiler gets, which takes oneDNN's operation for constant weights alone.
+RECORDS: ContextVar[bool] = ContextVar("vis_sparse_records", default=False)
 _ONE_DNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
@@ -61,6 +64,7 @@ def _suits_one_dnn(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not RECORDS.get()
     )
 
 
@@ -120,7 +124,8 @@ class Selection:
     def __init__(self, indices: Sequence[int], size: int | None = None):
         self.indices, self._size = tuple(indices), len(indices)
         self._first = (self.indices[0] if self.indices else 0) if follow(indices) else None
-        self._is_whole = self._first is not None and self._size == size
+        self.is_whole = self._first is not None and self._size == size
+        self._on: dict[torch.device, torch.Tensor] = {}
 
     @property
     def is_view(self) -> bool:
@@ -130,11 +135,19 @@ class Selection:
         return self._size
 
     def __call__(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        if self._is_whole:
+        if self.is_whole:
             return x
         if self._first is None:
-            return x.index_select(dim, index_on(self.indices, x.device))
+            return x.index_select(dim, self.on(x.device))
         return x.narrow(dim, self._first, self._size)
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The indices on a device. They stay as long as the selection: recordings read them."""
+        if torch.compiler.is_compiling():
+            return index_on(self.indices, device)
+        if device not in self._on:
+            self._on[device] = index_on(self.indices, device)
+        return self._on[device]
 
 
 def select(x: torch.Tensor, dim: int, indices: Sequence[int]) -> torch.Tensor:
@@ -219,9 +232,14 @@ class CutLinear:
         self._kept = None
 
     @property
+    def kept(self) -> tuple[torch.Tensor | None, ...]:
+        """The kept copy of weight and bias, if there is one."""
+        return self._kept or ()
+
+    @property
     def extra_bytes(self) -> int:
         """Bytes of the kept copy."""
-        return sum(t.numel() * t.element_size() for t in self._kept or () if t is not None)
+        return sum(t.numel() * t.element_size() for t in self.kept if t is not None)
 
     def _cut(self, modules):
         if self._columns is not None:

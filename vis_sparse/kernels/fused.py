@@ -26,13 +26,14 @@ class Slots(NamedTuple):
     """Where a call's keys and values go in a store.
 
     key, value: (slots, units, head_dim), the store with its samples one after the other. places: (rows,) slot of each
-    row, no two the same. units: (units,) head of keys and values that each head of the store takes. Both int32.
+    row, no two the same; None: row r goes to slot r. units: (units,) head of keys and values that each head of the
+    store takes; None: each its own. Both int32.
     """
 
     key: Tensor
     value: Tensor
-    places: Tensor
-    units: Tensor
+    places: Tensor | None = None
+    units: Tensor | None = None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, index: Tensor | None = None) -> Tensor:
@@ -83,10 +84,13 @@ def rotate_into(
     """Queries (rows, heads, head_dim), rotated as by `rotate`; the keys, rotated, and the values (rows, kv_heads,
     head_dim) are written into a store. Without gradients, and without a look at `slots` on the host."""
     weights = (None, None, 0.0) if norm is None else norm
-    places, units = slots.places.long(), slots.units.long()
     turned = rotate(key, cos, sin, weights[1], weights[2])
     for store, new in ((slots.key, turned), (slots.value, value)):
-        store.index_copy_(0, places, new.index_select(1, units))
+        new = new if slots.units is None else new.index_select(1, slots.units.long())
+        if slots.places is None:
+            store[: len(new)] = new
+        else:
+            store.index_copy_(0, slots.places.long(), new)
     return None if query is None else rotate(query, cos, sin, weights[0], weights[2])
 
 

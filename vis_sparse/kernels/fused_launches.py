@@ -63,13 +63,14 @@ def rotate_into(
     if query is not key:
         query, heads = _rows(query), query.shape[1]
         out = query.new_empty(query.shape)
-    blocks, units = triton.cdiv(heads, HEADS_A_PROGRAM), len(slots.units)
+    blocks, units = triton.cdiv(heads, HEADS_A_PROGRAM), slots.key.shape[1]
     weights = (None, None, 0.0) if norm is None else norm
     triton_fused.rotate_into[rows, blocks + triton.cdiv(units, HEADS_A_PROGRAM)](
         query, key, value, key if out is None else out, slots.key, slots.value, cos, sin, *weights[:2],
         slots.places, slots.units, *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], cos.stride(0),
         sin.stride(0), *slots.key.stride()[:2], *slots.value.stride()[:2], heads, units, blocks, weights[2],
-        HAS_NORM=norm is not None, **_head_sizes(head_dim, cos),
+        HAS_NORM=norm is not None, HAS_PLACES=slots.places is not None, HAS_UNITS=slots.units is not None,
+        **_head_sizes(head_dim, cos),
     )  # fmt: skip
     return out
 

@@ -76,17 +76,32 @@ class TextPattern(_Pattern):
     """What the text queries of one call read: keys at or before them, visual ones not in blind heads.
 
     query_columns: (batch, Q) column of the sequence of each query. slots: coordinates of the keys, (batch, S).
-    blind: for each query head, whether it must not read visual keys; None if all may.
+    blind: for each query head, whether it must not read visual keys; None if all may. general: whether tables take the
+    form that fits other columns and slots of these shapes too. unblind: the same without blind heads; None: this one.
     """
 
     def __init__(
-        self, query_columns: np.ndarray, slots: Coordinates, blind: tuple[bool, ...] | None, device: torch.device
+        self,
+        query_columns: np.ndarray,
+        slots: Coordinates,
+        blind: tuple[bool, ...] | None,
+        device: torch.device,
+        general: bool = False,
+        unblind: TextPattern | None = None,
     ):
         self.query_columns, self.slots, self.blind, self.device = query_columns, slots, blind, device
+        self.general, self._unblind = general, unblind
+
+    @property
+    def unblind(self) -> TextPattern:
+        """Whose tables are shared, where they do not know of heads."""
+        return self if self._unblind is None else self._unblind
 
     @cached_property
     def is_causal(self) -> bool:
         """Whether queries and keys are the same tokens in the same order, so that plain causal attention does."""
+        if self.general:
+            return False
         same = np.array_equal(self.query_columns, self.slots.column)
         return same and self.query_columns.shape[1] > 1 and self.blind is None and bool(self.slots.valid.all())
 
@@ -101,7 +116,7 @@ class TextPattern(_Pattern):
         if not self.query_columns.size:
             return None
         seen = self.slots.valid & (self.slots.column <= self.query_columns.min(1, keepdims=True))
-        if self.blind is None and seen.all():
+        if self.blind is None and seen.all() and not self.general:
             return None
         allowed = self.slots.valid[:, None] & (self.slots.column[:, None] <= self.query_columns[:, :, None])
         allowed = allowed[:, None]
@@ -226,11 +241,20 @@ class VisualPattern(_Pattern):
     """What the visual queries of one call read, as tables that each backend takes in its own form.
 
     attention: "full" or a Neighborhood. query: coordinates of the packed visual rows. slots: coordinates of the keys,
-    (batch, slots). Tables are built on first use and kept.
+    (batch, slots). general: whether tables take the form that fits other texts of as many slots too. Tables are built
+    on first use and kept.
     """
 
-    def __init__(self, attention: str | Neighborhood, query: Coordinates, slots: Coordinates, device: torch.device):
+    def __init__(
+        self,
+        attention: str | Neighborhood,
+        query: Coordinates,
+        slots: Coordinates,
+        device: torch.device,
+        general: bool = False,
+    ):
         self.attention, self.query, self.slots, self.device = attention, query, slots, device
+        self.general = general
 
     @cached_property
     def has_whole_grids(self) -> bool:
@@ -286,7 +310,7 @@ class VisualPattern(_Pattern):
         flat = np.arange(samples * slots).reshape(samples, slots)
         if not isinstance(self.attention, Neighborhood):
             return [
-                (np.flatnonzero(self.query.sample == b), flat[b][self.slots.valid[b]])
+                (np.flatnonzero(self.query.sample == b), flat[b][self.slots.valid[b] | self.general])
                 for b in np.unique(self.query.sample)
             ]
         boxes, sides = [], self._tile_sides()
@@ -294,7 +318,7 @@ class VisualPattern(_Pattern):
             rows = np.flatnonzero(self.query.segment == segment)
             first = self.query.take(rows[0])
             seen = self.slots.take(first.sample)
-            text = flat[first.sample][seen.valid & ~seen.is_visual & (seen.column < first.column)]
+            text = flat[first.sample][~seen.is_visual & (self.general | self._are_before(first.sample, first.column))]
             own = flat[first.sample][seen.valid & (seen.segment == segment)]
             grids = (_on_grid(self.query.take(rows), rows), _on_grid(seen.take(own - flat[first.sample][0]), own))
             boxes += self._segment_boxes(*grids, text, sides)
@@ -318,13 +342,16 @@ class VisualPattern(_Pattern):
                     if (queries >= 0).any():
                         yield queries[queries >= 0], np.concatenate([text, box[box >= 0]])
 
+    def _are_before(self, sample: int, column: int) -> np.ndarray:
+        return self.slots.valid[sample] & (self.slots.column[sample] < column)
+
     def _tile_sides(self) -> tuple[int, int]:
         """Height and width of the tiles, the cheapest over all segments by pairs computed and key rows fetched."""
         near = self.attention
         heads = [np.flatnonzero(self.query.segment == s)[0] for s in np.unique(self.query.segment)]
         grids = {(int(self.query.height[i]), int(self.query.width[i])) for i in heads}
         before = max(
-            int((self.slots.valid[b] & ~self.slots.is_visual[b] & (self.slots.column[b] < self.query.column[i])).sum())
+            int((~self.slots.is_visual[b] & (self.general | self._are_before(b, self.query.column[i]))).sum())
             for i, b in ((i, self.query.sample[i]) for i in heads)
         )
         frames = near.frames + 1 if near.direction == "causal" else 2 * near.frames + 1

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..plans.layer_plan import Neighborhood
-from . import fused_launches, triton_fused, triton_mass, triton_near, triton_ops, triton_runs, tuning
+from . import fused_launches, triton_fused, triton_mass, triton_near, triton_ops, triton_runs, triton_steps, tuning
 from .tilings import best_tiling
 from .tuning import Blocks, Device
 
@@ -55,7 +55,8 @@ _TABLES = {
     "places_ptr",
     "units_ptr",
 }
-_ABSENT = {"blind_ptr", "index_ptr"}  # None in what is compiled
+_BYTES = {"read_ptr", "visual_ptr", "blind_ptr"}
+_ABSENT = {"blind_ptr": "HAS_BLIND", "index_ptr": "HAS_INDEX"}  # None in what is compiled without
 _RADIUS = 7
 
 
@@ -112,6 +113,9 @@ def shipped(head_dim: int, target: str) -> Iterator[Kernel]:
     decode = tuning.decode_blocks(head_dim, 2, 7, device)
     packed = {"HEADS": 7, "GROUP_BLOCK": 8, "GROUP": 7}
     yield Kernel("runs decode", triton_runs.runs_forward, decode, width | one | packed | _sizes(decode))
+    step = {"GROUP": 7, "GROUP_BLOCK": 16, "BLOCK_N": decode.keys}
+    step |= dict.fromkeys(("HAS_READ", "HAS_LAST", "HAS_BLIND"), True)
+    yield Kernel("decode step", triton_steps.steps_forward, decode, width | step)
     yield Kernel("runs dQ", triton_runs.runs_query_gradient, of_query, width | one | _sizes(of_query))
     for name, split in (("runs dK dV", False), ("runs dK dV, in parts", True)):
         yield Kernel(name, triton_runs.runs_key_gradient, of_key, width | one | _sizes(of_key) | {"SPLIT": split})
@@ -129,6 +133,7 @@ def _fused(head_dim: int, width: dict) -> Iterator[Kernel]:
     warps = row.pop("num_warps")
     flags = {"HAS_FIRST": True, "HAS_SECOND": True, "HAS_INDEX": False, "SAVE": False}
     heads = width | {"WIDTH": head_dim, "BLOCK_H": fused_launches.HEADS_A_PROGRAM, "HAS_NORM": True, "BACK": False}
+    heads |= {"HAS_PLACES": True, "HAS_UNITS": True}
     gate = {"BLOCK": fused_launches.GATED_A_PROGRAM}
     yield Kernel("sum and norm", triton_fused.norm_forward, Blocks(1, 1, warps, 3), row | flags)
     yield Kernel("norm gradient", triton_fused.norm_gradient, Blocks(1, 1, warps, 3), row)
@@ -156,7 +161,7 @@ def compile_kernel(kernel: Kernel, target: str, dtype: str = "bf16") -> Resource
     constants = {name: value for name, value in kernel.constants.items() if name in names}
     for index, name in enumerate(names):
         signature[name] = _type(name, dtype, constants)
-        if name in _ABSENT:
+        if signature[name] == "constexpr" and name not in constants:
             constants[name] = None
         elif name not in constants and _type(name, dtype, constants) != "fp32":
             attributes[index,] = [["tt.divisibility", 16]]
@@ -168,8 +173,12 @@ def compile_kernel(kernel: Kernel, target: str, dtype: str = "bf16") -> Resource
 
 
 def _type(name: str, dtype: str, constants: dict) -> str:
-    if name in constants or name in _ABSENT:
+    if name in constants or name in _ABSENT and not constants.get(_ABSENT[name]):
         return "constexpr"
+    if name in _BYTES:
+        return "*u8"
+    if name == "last_ptr":
+        return "*i64"
     if name in _TABLES:
         return "*i32"
     if name.endswith("_ptr"):

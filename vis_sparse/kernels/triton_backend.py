@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..layout.packing import on_device
 from ..plans.layer_plan import Neighborhood
@@ -25,8 +26,10 @@ def text_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: TextPattern, scale: float
 ) -> torch.Tensor:
     """As `reference.text_attention`."""
-    if isinstance(pattern, StepPattern):  # a mask that only the device knows, not runs of slots
-        return tiled.text_attention(query, key, value, pattern, scale)
+    if isinstance(pattern, StepPattern):
+        if _wants_gradients(query, key, value):
+            return tiled.text_attention(query, key, value, pattern, scale)
+        return _step(query[:, 0], key, value, pattern, scale)[:, None]
     out = _runs(query.flatten(0, 1), key, value, pattern, scale, pattern.derive(_blind), query.shape[1])
     return out.unflatten(0, query.shape[:2])
 
@@ -53,7 +56,8 @@ def visual_attention(
         tiles, sides = pattern.derive(key_tiles, block.keys, block.queries)
     frames = min(near.frames, pattern.derive(_last_frame))
     rule = (near.radius, frames, near.stride, int(near.direction == "causal"))
-    out, _ = triton_ops.near(
+    near_attention = triton_ops.near if _needs_operator(query, key, value) else triton_ops.launch_near
+    out, _ = near_attention(
         query, key, value, tables.tiles, tables.segments, tables.runs, columns, blocks, tiles, scale, rule,
         tables.sides, sides, [*config], tables.pairs,
     )  # fmt: skip
@@ -64,8 +68,9 @@ def attention_mass(query: torch.Tensor, key: torch.Tensor, pattern: TextPattern,
     """As `reference.attention_mass`."""
     rows, key = _checked(query.flatten(0, 1), key)
     config = tuning.run_blocks(rows.shape[2], rows.element_size(), tuning.device_of(rows))
-    tables = pattern.derive(run_tables, config.queries)
-    mass = triton_ops.mass(
+    tables = pattern.unblind.derive(run_tables, config.queries)
+    share = triton_ops.mass if _needs_operator(query, key) else triton_ops.launch_mass
+    mass = share(
         rows, key, tables.columns, tables.blocks, tables.offsets, tables.runs, pattern.derive(_blind), scale, [*config],
         tables.pairs,
     )  # fmt: skip
@@ -84,16 +89,41 @@ def _runs(query, key, value, pattern, scale: float, blind, queries: int) -> torc
         splits = tuning.decode_splits(samples * kv_heads, slots, device)
     # whole blocks of keys, so that a part begins where a block does
     slots_a_split = -(-slots // (splits * config.keys)) * config.keys
-    tables = pattern.derive(run_tables, config.queries)
+    shared = pattern.unblind if isinstance(pattern, TextPattern) else pattern
+    tables = shared.derive(run_tables, config.queries)
     query_blocks = blocks = None
     if _wants_gradients(query, key, value):
-        query_blocks = pattern.derive(run_tables, tuning.query_gradient_blocks(head_dim, size, device).queries).blocks
-        blocks = pattern.derive(key_blocks, tuning.key_gradient_blocks(head_dim, size, device).keys)
-    out, _ = triton_ops.runs(
+        query_blocks = shared.derive(run_tables, tuning.query_gradient_blocks(head_dim, size, device).queries).blocks
+        blocks = shared.derive(key_blocks, tuning.key_gradient_blocks(head_dim, size, device).keys)
+    attention = triton_ops.runs if _needs_operator(query, key, value) else triton_ops.launch_runs
+    out, _ = attention(
         query, key, value, tables.columns, tables.blocks, tables.offsets, tables.runs, blind, query_blocks, blocks,
         scale, [*config], (packed, splits, slots_a_split), tables.pairs,
     )  # fmt: skip
     return out
+
+
+def _step(query, key, value, pattern: StepPattern, scale: float) -> torch.Tensor:
+    """The rows of a decode step, (samples, heads, head_dim)."""
+    query, key, value = _checked(query, key, value)
+    (_, heads, head_dim), (samples, slots, kv_heads, _) = query.shape, key.shape
+    device = tuning.device_of(query)
+    config = tuning.decode_blocks(head_dim, query.element_size(), heads // kv_heads, device)
+    splits = tuning.decode_splits(samples * kv_heads, slots, device)
+    slots_a_split = -(-slots // (splits * config.keys)) * config.keys
+    read = None if pattern.read is None else _bytes(pattern.read.allowed[:, 0, 0])
+    blind = (None, None) if pattern.blind is None else (_bytes(pattern.blind.is_visual), _bytes(pattern.blind.heads))
+    attention = triton_ops.steps if _needs_operator(query, key, value) else triton_ops.launch_steps
+    return attention(query, key, value, read, pattern.last, *blind, scale, [*config], (splits, slots_a_split))
+
+
+def _bytes(table: torch.Tensor) -> torch.Tensor:
+    return table.view(torch.uint8)
+
+
+def _needs_operator(*tensors: torch.Tensor) -> bool:
+    """Whether somebody compiles the call, counts in it or records its gradients."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _wants_gradients(*tensors)
 
 
 def _checked(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -125,9 +125,11 @@ def rotate_into(
     places_ptr, units_ptr, stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh, stride_cos, stride_sin,
     stride_sk, stride_skh, stride_sv, stride_svh, heads, units, query_blocks, eps,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_PLACES: tl.constexpr, HAS_UNITS: tl.constexpr,
 ):  # fmt: skip
     """Of one row, BLOCK_H query heads (programs of the second axis below `query_blocks`) into `out`, (rows, heads,
-    HEAD_DIM), or BLOCK_H heads of keys and values into slot `places` of a store, whose head u takes head `units[u]`."""
+    HEAD_DIM), or BLOCK_H heads of keys and values into slot `places` of a store, whose head u takes head `units[u]`;
+    without these, into the row's own and head u."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     cos_base, sin_base = cos_ptr + row * stride_cos, sin_ptr + row * stride_sin
     if part < query_blocks:
@@ -139,10 +141,14 @@ def rotate_into(
         )  # fmt: skip
         store_heads(out_ptr + row * heads * HEAD_DIM, head * HEAD_DIM, query, present, HEAD_DIM, BLOCK_D)
     else:
-        place = tl.load(places_ptr + row).to(tl.int64)
+        place = row
+        if HAS_PLACES:
+            place = tl.load(places_ptr + row).to(tl.int64)
         unit = (part - query_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
         present = unit < units
-        head = tl.load(units_ptr + unit, mask=present, other=0)
+        head = unit
+        if HAS_UNITS:
+            head = tl.load(units_ptr + unit, mask=present, other=0)
         key = turned(
             k_ptr + row * stride_km, head * stride_kh, present, cos_base, sin_base, k_weight_ptr, eps,
             HEAD_DIM, WIDTH, BLOCK_D, HAS_NORM, False,

@@ -1,5 +1,6 @@
 """The Triton kernels as torch operators, with shapes for tracing, gradients, and the FLOPs of the pairs they walk.
 
+What an operator does is a function of its own, `launch_...`: called itself it costs the host a tenth of the operator.
 `runs` is causal attention over runs of slots, `near` a neighbourhood with the text before it. All take queries
 (rows, heads, head_dim) and keys and values (batch, slots, kv_heads, head_dim) with the last dimension contiguous, and
 return the output in the queries' shape and the log-sum-exp (rows, heads), float32, in base 2.
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from . import triton_mass, triton_near, triton_runs, tuning
+from . import triton_mass, triton_near, triton_runs, triton_steps, tuning
 from .tuning import Blocks, width_block
 
 _LOG2E = math.log2(math.e)
@@ -24,8 +25,7 @@ _LOG2E = math.log2(math.e)
 _JOINED_ROWS = 4
 
 
-@custom_op("vis_sparse::runs", mutates_args=())
-def runs(
+def launch_runs(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -61,6 +61,12 @@ def runs(
             BLOCK_D=width_block(head_dim), BLOCK_Q=config.queries, BLOCK_N=config.keys, HAS_BLIND=blind is not None,
             PRECISION=tuning.precision(query.element_size(), tuning.device_of(query)), **config.options,
         )  # fmt: skip
+    return _joined(query, out, lse)
+
+
+def _joined(query: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Of parts out (splits, rows, heads, head_dim) and lse (splits, rows, heads), the whole."""
+    splits, rows, heads, head_dim = out.shape
     if splits == 1:
         return out[0], lse[0]
     joined, joined_lse = torch.empty_like(query, memory_format=torch.contiguous_format), torch.empty_like(lse[0])
@@ -69,6 +75,9 @@ def runs(
         HEAD_DIM=head_dim, BLOCK_D=width_block(head_dim), SPLITS=splits, SPLITS_BLOCK=triton.next_power_of_2(splits),
     )  # fmt: skip
     return joined, joined_lse
+
+
+runs = custom_op("vis_sparse::runs", mutates_args=())(launch_runs)
 
 
 @runs.register_fake
@@ -135,8 +144,7 @@ def _key_gradient_of_runs(query, key, value, grad_out, lse, delta, grads, column
         )  # fmt: skip
 
 
-@custom_op("vis_sparse::near", mutates_args=())
-def near(
+def launch_near(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -165,6 +173,9 @@ def near(
         **box_constants(rule, sides), **_group(query, key), **_common(query, key, config),
     )  # fmt: skip
     return out, lse
+
+
+near = custom_op("vis_sparse::near", mutates_args=())(launch_near)
 
 
 @near.register_fake
@@ -221,8 +232,45 @@ def _(grad_out, query, key, value, *args):
     return _like(query), _like(key), _like(value)
 
 
-@custom_op("vis_sparse::mass", mutates_args=())
-def mass(
+def launch_steps(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    read: Tensor | None,
+    last: Tensor | None,
+    visual: Tensor | None,
+    blind: Tensor | None,
+    scale: float,
+    config: Sequence[int],
+    split: Sequence[int],
+) -> Tensor:
+    """Decode steps, one query row a sample. Tables: `triton_steps`. split: parts, slots a part. Without gradients."""
+    (samples, heads, head_dim), (splits, slots_a_split), config = query.shape, split, Blocks(*config)
+    slots, kv_heads = key.shape[1:3]
+    group = heads // kv_heads
+    out = query.new_empty((splits, *query.shape), dtype=query.dtype if splits == 1 else torch.float32)
+    lse = query.new_empty(out.shape[:-1], dtype=torch.float32)
+    stride_read = 0 if read is None or len(read) == 1 else read.stride(0)
+    triton_steps.steps_forward[samples, kv_heads, splits](
+        query, key, value, out, lse, read, last, visual, blind,
+        *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], stride_read, slots, slots_a_split, scale * _LOG2E,
+        GROUP=group, GROUP_BLOCK=max(triton.next_power_of_2(group), tuning.DECODE_ROWS), HEAD_DIM=head_dim,
+        BLOCK_D=width_block(head_dim), BLOCK_N=config.keys, HAS_READ=read is not None, HAS_LAST=last is not None,
+        HAS_BLIND=blind is not None, PRECISION=tuning.precision(query.element_size(), tuning.device_of(query)),
+        **config.options,
+    )  # fmt: skip
+    return _joined(query, out, lse)[0]
+
+
+steps = custom_op("vis_sparse::steps", mutates_args=())(launch_steps)
+
+
+@steps.register_fake
+def _(query, *args):
+    return _like(query)
+
+
+def launch_mass(
     query: Tensor,
     key: Tensor,
     columns: Tensor,
@@ -244,6 +292,9 @@ def mass(
             BLOCK_Q=config.queries, BLOCK_N=config.keys, HAS_BLIND=blind is not None, **_common(query, key, config),
         )  # fmt: skip
     return out
+
+
+mass = custom_op("vis_sparse::mass", mutates_args=())(launch_mass)
 
 
 @mass.register_fake
@@ -323,6 +374,11 @@ def _forward_flops(query, *args, out_shape=None, **kwargs) -> int:
 @register_flop_formula([torch.ops.vis_sparse.runs_backward, torch.ops.vis_sparse.near_backward])
 def _backward_flops(grad_out, *args, out_shape=None, **kwargs) -> int:
     return 5 * 2 * args[-1] * grad_out[1] * grad_out[2]
+
+
+@register_flop_formula(torch.ops.vis_sparse.steps)
+def _steps_flops(query, key, *args, out_shape=None, **kwargs) -> int:
+    return 2 * 2 * query[0] * key[1] * query[1] * query[2]
 
 
 @register_flop_formula(torch.ops.vis_sparse.mass)

@@ -14,7 +14,7 @@ import triton
 
 # Programs a multiprocessor should get before larger tiles are worth their halo.
 _WAVES = 2
-_DECODE_ROWS = 16  # the smallest M of a tensor core product
+DECODE_ROWS = 16  # the smallest M of a tensor core product
 _MOST_PARTS = 64  # of a gradient: what is written and added again stays small
 _SLOTS_A_SPLIT = 256  # fewer keys than this are not worth a program of their own
 
@@ -108,11 +108,11 @@ def decode_blocks(head_dim: int, item_size: int, group: int, device: Device) -> 
     members = triton.next_power_of_2(group)
     wide = width_block(head_dim) * item_size > 256
     stages, bound = (1, 0) if item_size == 4 else (2, _bound(168, head_dim, device))
-    return Blocks(max(_DECODE_ROWS // members, 1), 32 if wide else 64, 4, stages, bound)
+    return Blocks(max(DECODE_ROWS // members, 1), 32 if wide else 64, 4, stages, bound)
 
 
 def is_decode(queries: int, group: int) -> bool:
-    return queries * triton.next_power_of_2(group) <= _DECODE_ROWS
+    return queries * triton.next_power_of_2(group) <= DECODE_ROWS
 
 
 def decode_splits(programs: int, slots: int, device: Device) -> int:

@@ -7,6 +7,7 @@ here is numpy on the host and happens once per layout; the device sees finished 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -99,6 +100,11 @@ class Packing:
         return self.text_columns.size
 
     @property
+    def longest_text(self) -> int:
+        """Rows of the longest text, without padding."""
+        return int(self.text_valid.sum(1).max(initial=0))
+
+    @property
     def num_visual(self) -> int:
         return len(self.visual.sample)
 
@@ -153,11 +159,18 @@ def places_of(slots: Coordinates, columns: int) -> np.ndarray:
     return np.maximum(present.cumsum(1) - 1, 0)
 
 
-def pack(layout: VisualLayout, length: int, past: int = 0, mask: np.ndarray | None = None) -> Packing:
+def pack(
+    layout: VisualLayout,
+    length: int,
+    past: int = 0,
+    mask: np.ndarray | None = None,
+    text_rows: Callable[[int], int] | None = None,
+) -> Packing:
     """Tables for a call of `length` columns after `past` ones.
 
     layout: the call's own segments, positions counted from the start of the sequence. mask: (batch, length) bool of
-    the call's columns, False = padding; None = no padding. Raises LayoutError if a visual token is masked.
+    the call's columns, False = padding; None = no padding. text_rows: gives how many rows of text each sample gets, at
+    least as many as the longest text has; None: as many. Raises LayoutError if a visual token is masked.
     """
     batch = layout.batch_size
     is_text = np.ones((batch, length), dtype=bool) if mask is None else mask.copy()
@@ -166,7 +179,7 @@ def pack(layout: VisualLayout, length: int, past: int = 0, mask: np.ndarray | No
     if mask is not None and not mask[visual.sample, local].all():
         raise LayoutError("attention_mask: got 0 at visual tokens, expected 1 (visual tokens cannot be padding)")
     is_text[visual.sample, local] = False
-    text_columns, text_valid = _left_padded(is_text)
+    text_columns, text_valid = _left_padded(is_text, text_rows)
     visual_slots, visual_valid = _visual_slots(batch, visual.sample)
     return Packing(batch, length, past, layout, text_columns, text_valid, visual, visual_slots, visual_valid)
 
@@ -178,10 +191,11 @@ def _visual_slots(batch: int, sample: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return _left_padded(owner)
 
 
-def _left_padded(member: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The True columns of each row of `member`, right-aligned; and which entries are real."""
+def _left_padded(member: np.ndarray, width: Callable[[int], int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The True columns of each row of `member`, right-aligned; and which entries are real. width: of the longest."""
     counts = member.sum(1)
     longest = int(counts.max(initial=0))
+    longest = longest if width is None else width(longest)
     index = np.zeros((len(member), longest), dtype=np.int64)
     valid = np.arange(longest)[None, :] >= longest - counts[:, None]
     index[valid] = np.nonzero(member)[1]

@@ -327,7 +327,7 @@ def inspect(model: nn.Module) -> dict[str, Any] | None:
     name, packing = state.last or (state.default, None)
     counted, last = {}, None
     if packing is not None:
-        last = LastCall(packing.layout, packing.length, packing.past, packing.num_text // packing.batch)
+        last = LastCall(packing.layout, packing.length, packing.past, packing.longest_text)
     if state.last_prompt is not None:
         asked, prompt = state.last_prompt
         plans = {"flops": state.plans[asked], "flops_dense": VisualPlan.dense(len(state.text_model.layers))}

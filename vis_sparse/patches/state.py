@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..executor.bound import Bound
 from ..executor.cache import LaneCacheLayer
 from ..executor.call import Call
 from ..executor.decoder import Decoder
 from ..executor.kept_calls import KeptCalls
 from ..executor.lanes import LaneExecutor
-from ..executor.recorded import may_replay
+from ..executor.prompt_graphs import PromptGraphs
+from ..executor.recorded import bucket, may_replay
 from ..executor.step_graphs import StepGraphs
 from ..executor.steps import Step, StepPacking
 from ..executor.tokens import ranking_rows
@@ -73,7 +73,8 @@ class PatchState:
         self.plans = dict(plans)
         self._sizes = decoder.num_heads, decoder.ffn_size
         self.executors = {name: LaneExecutor(decoder, plan, backend) for name, plan in plans.items()}
-        self.step_graphs = {name: StepGraphs(executor) for name, executor in self.executors.items() if graphs}
+        # recorded decode steps and prompts of each plan
+        self.graphs = {name: (StepGraphs(run), PromptGraphs(run)) for name, run in self.executors.items() if graphs}
         self.default = next(iter(plans))
         self.measured: MeasuredPlan | None = None  # by which "auto" was chosen
         self.tower: PatchedTower | None = None  # where a plan has a section for it
@@ -131,8 +132,8 @@ class PatchState:
         self.forget_graphs()
 
     def forget_graphs(self) -> None:
-        for graphs in self.step_graphs.values():
-            graphs.forget()
+        for kept in (each for pair in self.graphs.values() for each in pair):
+            kept.forget()
 
     # The plan and the layout of a call
 
@@ -284,12 +285,12 @@ class PatchState:
         cos, sin = self.text_model.rotary_emb(inputs_embeds, position_ids=planes(config, position_ids))
         collected = [] if wants_hidden(config, kwargs) else None
         added = added_rows(kwargs.get("deepstack_visual_embeds"), layout, inputs_embeds)
-        if asked.is_step and collected is None and self._replays(asked.bound, inputs_embeds.device):
-            layers, inputs = cache_layers(past_key_values), (inputs_embeds, cos, sin)
-            hidden = self.step_graphs[name].step(layers, asked.bound, inputs, asked.mask)
+        rows, replays = (inputs_embeds, cos, sin), collected is None and self._replays(asked, inputs_embeds.device)
+        if replays and asked.is_step:
+            hidden = self.graphs[name][0].step(cache_layers(past_key_values), asked.bound, rows, asked.mask)
             packing = StepPacking(layout, past, batch)
         else:
-            hidden, packing = self._in_lanes(asked, past_key_values, inputs_embeds, cos, sin, collected, added)
+            hidden, packing = self._in_lanes(asked, past_key_values, rows, added, collected, replays)
         hidden = self.text_model.norm(hidden)
         self.last = name, packing
         if layout.segments and not past:
@@ -298,30 +299,35 @@ class PatchState:
         output = output_of(hidden, past_key_values, collected)
         return output.to_tuple() if kwargs.get("return_dict") is False else output
 
-    def _replays(self, bound: Bound, device: torch.device) -> bool:
-        """Whether a call on a device may run as a graph."""
-        if not self.step_graphs or not may_replay(device):
+    def _replays(self, asked: Asked, device: torch.device) -> bool:
+        """Whether a call on a device may run as a graph: decode steps, and prompts whose tables know no values."""
+        is_prompt = asked.layout.segments and not asked.past and not self.executors[asked.name].drops
+        if not self.graphs or not (asked.is_step or is_prompt) or not may_replay(device):
             return False
-        if not bound.is_recordable and not self._said:
+        if not asked.bound.is_recordable and not self._said:
             self._said = True
             warnings.warn(
                 "vis_sparse: graphs=True: got decoder layers with modules that a graph cannot stand for (hooks, "
                 "adapters, quantised or offloaded weights, other norms): calls run one operation after the other",
                 stacklevel=4,
             )
-        return bound.is_recordable
+        return asked.bound.is_recordable
 
     @torch.compiler.disable(recursive=False)
-    def _in_lanes(self, asked: Asked, cache, embeds, cos, sin, collected: list | None, added):
-        """The decoder on a call, operation by operation: hidden states, and what to look at."""
+    def _in_lanes(self, asked: Asked, cache, rows, added, collected: list | None, replays: bool):
+        """The decoder on a call, operation by operation or, if it `replays`, as a graph that is known: hidden states,
+        and what to look at. rows: embeddings, cos and sin."""
         executor = self.executors[asked.name]
         for layer in cache_layers(cache) if holds_lanes(cache) else ():
             layer.leave()
-        call, layers = self._call(asked, cache, embeds.device)
-        # the first run of a call builds the tables that its backend needs, which no compiler should look into
-        run = LaneExecutor.run if call.has_run else _run_eagerly
-        hidden = run(executor, embeds, cos, sin, call, layers, collected, added, asked.bound)
-        call.has_run = asked.is_step or not executor.drops  # where tokens leave, a call has tables of its own
+        call, layers = self._call(asked, cache, rows[0].device, replays)
+        if replays:
+            hidden = self.graphs[asked.name][1].run(*rows, call, layers, added, asked.bound)
+        else:
+            # the first run of a call builds the tables that its backend needs, which no compiler should look into
+            run = LaneExecutor.run if call.has_run else _run_eagerly
+            hidden = run(executor, *rows, call, layers, collected, added, asked.bound)
+            call.has_run = asked.is_step or not executor.drops  # where tokens leave, a call has tables of its own
         if asked.capacity is not None:
             for layer in layers:
                 layer.fix(asked.capacity)
@@ -345,9 +351,11 @@ class PatchState:
         return self.executors[self.plan_of(cache)]
 
     @torch.compiler.disable
-    def _call(self, asked: Asked, cache, device) -> tuple[Call | Step, list[LaneCacheLayer] | None]:
+    def _call(
+        self, asked: Asked, cache, device: torch.device, general: bool
+    ) -> tuple[Call | Step, list[LaneCacheLayer] | None]:
         """The call's tables, and the cache's lane layers; tables of a first call are kept, since prompts repeat their
-        layout."""
+        layout. general: whether they fit all texts of a bucket (`Call`)."""
         name, layout, length, past, mask = asked.name, asked.layout, asked.length, asked.past, asked.mask
         executor, batch = self.executors[name], layout.batch_size
         if asked.is_step:
@@ -356,15 +364,16 @@ class PatchState:
         layers = None if cache is None else self._cache_layers(name, cache, batch, past, mask)
         ends = self.prompt_ends(batch) if executor.ranks_by_text and layout.segments else None
         tables = (None if table is None else table.tobytes() for table in (mask, ends))
-        key = None if past else (name, layout, length, device, *tables)
+        key = None if past else (name, layout, length, device, general, *tables)
         call = None if key is None else self.kept_calls.get(key)
         if call is None:
-            packing = pack(layout, length, past, None if mask is None else mask[:, past:])
+            own = None if mask is None else mask[:, past:]
+            packing = pack(layout, length, past, own, bucket if general else None)
             ranks = None if ends is None else ranking_rows(packing, ends)
             executor.check(packing, ranks)
             book = layers[0].book if layers else executor.new_cache_layers(batch)[0].book
             book.append(packing.slots(), length)
-            call = Call.over(packing, book, mask, device, ranks)
+            call = Call.over(packing, book, mask, device, ranks, general)
             if key is not None:
                 self.kept_calls.keep(key, call)
         elif layers is not None:

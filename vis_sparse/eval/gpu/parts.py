@@ -38,22 +38,25 @@ def parts(dry: bool) -> list[Part]:
     model = ("--model", "qwen2-vl-2b" if dry else "llava-1.5-7b", *where)
     plans = "yopo-12" if dry else "dense,auto,yopo-12"
     image = ("--image-size", "56x56") if dry else ()
-    json = ("--json", "{json}")
+    json, graphs = ("--json", "{json}"), () if dry else ("--graphs",)
     narrow = ("--repeats", "1", "--layers", "4") if dry else ("--repeats", "5")
     return [
         Part("ceilings", "what the device reaches at best", 40, (*_OWN, "ceilings", *own)),
-        Part("tests", "whether the kernels are right", 130,
+        Part("tests", "whether the kernels are right", 120,
              ("-m", "pytest", "-m", "gpu", "tests/kernels/test_gpu.py", "-q", "-p", "no:cacheprovider", *tests)),
-        Part("kernels", "visual attention in every backend", 100,
+        Part("kernels", "visual attention in every backend", 90,
              (*_BENCH, "kernels", "--settings", kernels[0], "--radius", kernels[1], *where, *few, *json)),
-        Part("pieces", "text attention, gradients, and what is fused around the products", 50, (*_OWN, "pieces", *own)),
-        Part("model", "LLaVA-1.5-7B, batch 1", 60,
+        Part("pieces", "text attention, gradients, and what is fused around the products", 45, (*_OWN, "pieces", *own)),
+        Part("model", "LLaVA-1.5-7B, batch 1", 50,
              (*_BENCH, *model, *image, "--layers", layers, "--plan", plans, "--decode", *json)),
-        Part("graphs", "the same, compiled", 80,
+        Part("graphs", "the same, prompts and decode steps as graphs", 55,
+             (*_BENCH, *model, *image, "--layers", "2" if dry else "32", "--plan", "dense" if dry else "auto,yopo-12",
+              "--decode", "--graphs", *json)),
+        Part("compiled", "the unpatched model compiled, and a plan beside it", 65,
              (*_BENCH, *model, *image, "--layers", "4" if dry else "8", "--plan", "yopo-12", "--compile", *json)),
-        Part("host", "the host's time and launches of a call", 40,
+        Part("host", "the host's time and launches of a call", 35,
              (*_BENCH, "--host", "--model", model[1], "--plan", plans, *narrow, *json)),
-        Part("batch", "LLaVA-1.5-7B, batch 8", 40,
+        Part("batch", "LLaVA-1.5-7B, batch 8, as graphs", 40,
              (*_BENCH, *model, *image, "--layers", layers, "--batch", "2" if dry else "8", "--plan", plans, "--decode",
-              *json)),
+              *graphs, *json)),
     ]  # fmt: skip
