@@ -53,7 +53,7 @@ def counted(case, model, plan) -> int:
     executor.kept_cuts.refresh()
     hidden = torch.randn(len(rows.y), WIDTH)
     angles = torch.rand(len(rows.y), WIDTH // HEADS // 2).repeat(1, 2)
-    call = TowerRun(executor, TowerTables(rows, torch.device("cpu")), DEPTH)
+    call = TowerRun(executor, TowerTables.of(rows, torch.device("cpu")), DEPTH)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for index in range(DEPTH):
             hidden = call.layer(index, hidden, (angles.cos(), angles.sin()) if case.is_packed else None)
@@ -118,7 +118,7 @@ def test_a_section_is_counted_end_to_end():
     assert cut.tower_layers[-1].total == 0 and cut.total == dense.total and cut.is_whole
     less = flops("llava-1.5-7b", plan.replace(tower=VisualPlan((near,) * 24))).prefill
     assert less.whole == less.total + less.vision_tower + less.projector + less.lm_head < cut.whole
-    with pytest.raises(PlanError, match="plan 'dense': plan 'custom': got 2 layers, expected the model's 24"):
+    with pytest.raises(PlanError, match="plan 'dense': plan 'tower': got 2 layers, expected the model's 24"):
         flops("llava-1.5-7b", plan.replace(tower=VisualPlan((near,) * 2)))
 
 

@@ -37,7 +37,7 @@ def run(case, model, plan, hidden, rotary, backend="torch", rows=None):
     executor = TowerExecutor(read_tower(case.kind, model), plan, BACKENDS[backend])
     executor.kept_cuts.refresh()
     rows = case.kind.rows(model, case.call()) if rows is None else rows
-    call, states = TowerRun(executor, TowerTables(rows, hidden.device), DEPTH), [hidden]
+    call, states = TowerRun(executor, TowerTables.of(rows, hidden.device), DEPTH), [hidden]
     for index in range(DEPTH):
         states.append(call.layer(index, states[-1], rotary))
     return states

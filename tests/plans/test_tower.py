@@ -1,5 +1,6 @@
 """The tower section of a plan: read, checked, written, resolved, carried; and a plan without one is what it was."""
 
+import dataclasses
 import json
 import re
 
@@ -7,6 +8,7 @@ import pytest
 
 from vis_sparse.plans.budgets import resolve_tower
 from vis_sparse.plans.carried import read_block, to_block
+from vis_sparse.plans.files import load_plan, plan_names
 from vis_sparse.plans.layer_plan import HeadBudget, LayerPlan, Neighborhood, PlanError, TokenBudget
 from vis_sparse.plans.plan import PlanRecipe, VisualPlan, read_recipe
 
@@ -45,12 +47,17 @@ def test_a_plan_without_a_section_is_what_it_was():
     assert resolve_tower(plan, 6, 4, 8) is plan
 
 
+def test_nothing_shipped_has_a_section():
+    assert plan_names() and not any(load_plan(name).tower for name in plan_names())
+
+
 @pytest.mark.parametrize("depth", ["before the model is known", "for a model"])
 def test_written_and_read_again(depth):
     text = TEXT.replace("stride}}", "uniform}}")
     plan = resolved(text) if depth == "for a model" else read_recipe(text).resolve(3)
     assert VisualPlan.from_yaml(plan.to_yaml()) == plan
     assert plan.as_recipe().resolve(3) == plan
+    assert plan.replace(tower=dataclasses.replace(plan.tower, name="mine", about="of mine")) == plan
     assert plan.as_recipe().whole_first(1).resolve(3).tower == plan.tower
 
 
@@ -89,7 +96,7 @@ def test_what_means_nothing_in_a_tower(section, message):
 @pytest.mark.parametrize(
     ("tower", "message"),
     [
-        (VisualPlan((LayerPlan(),) * 5), "plan 'a': plan 'custom': got 5 layers, expected the model's 6"),
+        (VisualPlan((LayerPlan(),) * 5), "plan 'a': plan 'tower': got 5 layers, expected the model's 6"),
         (VisualPlan((LayerPlan(ffn=(8,)),) * 6), "layer 0: ffn: got neuron 8, expected indices below"),
         (VisualPlan((LayerPlan(heads=(True,) * 3),) * 6), "layer 0: heads: got a mask of 3"),
         (PlanRecipe("tower", default=LayerPlan(heads=HeadBudget(2))), "layer 0: heads: got the budget {keep: 2}"),

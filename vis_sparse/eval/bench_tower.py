@@ -66,7 +66,7 @@ def _calls(kind, tower, rows: TowerRows, depth: int) -> dict[str, Callable[[], t
     hidden = torch.randn(len(rows.y), width, generator=torch.Generator().manual_seed(0))
     turns = torch.rand(len(rows.y), read.head_dim // 2).repeat(1, 2)
     angles = turns.cos(), turns.sin()
-    tables = TowerTables(rows, torch.device("cpu"))
+    tables = TowerTables.of(rows, torch.device("cpu"))
 
     def unpatched():
         x = hidden[None] if kind.is_batched else hidden

@@ -113,7 +113,7 @@ class TowerRun:
             x = rows.index_copy(0, tables.index, x)
         elif tables.index is not None:
             x = x.index_select(0, tables.back)
-        return x.view(hidden.shape)
+        return x.reshape(hidden.shape)
 
 
 def _angles(cos: torch.Tensor, sin: torch.Tensor, index: torch.Tensor | None):
@@ -228,7 +228,7 @@ class TowerLane:
             _, bias = tensors(module)
         else:
             bias = parts.output(x.new_zeros(1, self.num_heads * self.head_dim))[0]
-        return x.new_zeros(1) if bias is None else bias.expand(len(x), -1)
+        return torch.zeros_like(x) if bias is None else bias.expand(len(x), -1)
 
     def _projected(self, h, angles, parts: BoundLayer) -> list[torch.Tensor]:
         """Queries, keys and values of rows in all heads, (rows, heads, head_dim)."""

@@ -61,21 +61,37 @@ class _Parts(NamedTuple):
 class TowerTables:
     """The tables of a call, or of the layers of it that only some patches reach.
 
-    index: (rows,) row of the model's order of every row here; None if they are the same. num_rows: of the call.
+    num_rows: of the call, in the model's order. index: (rows,) row of that order of every row here; None if they are
+    the same.
     """
 
-    def __init__(self, rows: TowerRows, device: torch.device):
-        is_patch = rows.y >= 0
-        grouped = rows.sequence if rows.window is None else rows.window
-        order = np.lexsort((rows.x, rows.y, grouped, is_patch))
-        self.num_globals = int((~is_patch).sum())
-        patches = order[self.num_globals :]
-        place = rows.sequence[patches], rows.y[patches], rows.x[patches]
-        self._sequence = np.unique(rows.sequence[order], return_inverse=True)[1]  # of all rows
-        self._parts = {False: _Parts.of(*place)}
-        self._parts[True] = self._parts[False] if rows.window is None else _Parts.of(rows.window[patches], *place[1:])
-        self.device, self._order, self.num_rows = device, order, len(order)
+    def __init__(
+        self,
+        order: np.ndarray,
+        num_rows: int,
+        num_globals: int,
+        sequence: np.ndarray,
+        parts: dict[bool, _Parts],
+        device: torch.device,
+    ):
+        """order: (rows,) row of the model's order. sequence: (rows,) number of the image. parts: of patches, without
+        windows and with them."""
+        self.num_rows, self.num_globals, self.device = num_rows, num_globals, device
+        self._order, self._sequence, self._parts = order, sequence, parts
         self._derived: dict = {}
+
+    @classmethod
+    def of(cls, rows: TowerRows, device: torch.device) -> TowerTables:
+        """The tables of a whole call."""
+        is_patch = rows.y >= 0
+        num_globals = int((~is_patch).sum())
+        order = np.lexsort((rows.x, rows.y, rows.sequence if rows.window is None else rows.window, is_patch))
+        patches = order[num_globals:]
+        place = rows.y[patches], rows.x[patches]
+        whole = _Parts.of(rows.sequence[patches], *place)
+        windows = whole if rows.window is None else _Parts.of(rows.window[patches], *place)
+        sequence = np.unique(rows.sequence[order], return_inverse=True)[1]
+        return cls(order, len(order), num_globals, sequence, {False: whole, True: windows}, device)
 
     @property
     def index(self) -> torch.Tensor | None:
@@ -102,23 +118,18 @@ class TowerTables:
 
         scores: (patches,), the higher the sooner one stays, for orders that have them.
         """
-        return (
-            self._keep(budget, layer, scores)
-            if scores is not None
-            else self._kept((budget, layer), lambda: self._keep(budget, layer, None))
-        )
+        if scores is not None:
+            return self._keep(budget, layer, scores)
+        return self._kept((budget, layer), lambda: self._keep(budget, layer, None))
 
     def _keep(self, budget: TokenBudget, layer: int, scores: np.ndarray | None) -> TowerTables:
         order, patches = self._raster(False), self._coordinates(self._parts[False])
         chosen = choose(budget, layer, patches.take(order), None if scores is None else scores[order])
         kept = np.sort(order[chosen])
-        left = object.__new__(TowerTables)
         rows = np.concatenate([np.arange(self.num_globals), self.num_globals + kept])
-        left.num_globals, left.device, left.num_rows = self.num_globals, self.device, self.num_rows
-        left._order, left._sequence = self._order[rows], self._sequence[rows]
-        left._parts = {windowed: parts.take(kept) for windowed, parts in self._parts.items()}
-        left._derived = {}
-        return left
+        parts = {windowed: each.take(kept) for windowed, each in self._parts.items()}
+        left = self._order[rows], self.num_rows, self.num_globals, self._sequence[rows], parts, self.device
+        return TowerTables(*left)
 
     def _raster(self, windowed: bool) -> np.ndarray:
         """The patches part after part, each in raster order."""

@@ -152,7 +152,7 @@ def check_tower(kind: TowerKind, module: nn.Module, tower: Tower, backend: Backe
         hidden, rows, cos, sin = _tried(tower, weight)
         own = hidden.unflatten(0, (2, -1)) if kind.is_batched else hidden
         theirs = block(own, **kind.block_arguments(rows, cos, sin))
-        run = TowerRun(executor, TowerTables(rows, weight.device), len(blocks))
+        run = TowerRun(executor, TowerTables.of(rows, weight.device), len(blocks))
         ours = run.layer(index, own, None if kind.is_batched else (cos, sin))
         if not isinstance(theirs, torch.Tensor) or theirs.shape != ours.shape:
             given = f"{type(theirs).__name__} of layer {index}"

@@ -79,7 +79,7 @@ class PatchedTower:
         key = (device, *(None if each is None else each.tobytes() for each in rows))
         tables = self.kept_calls.get(key)
         if tables is None:
-            tables = TowerTables(rows, device)
+            tables = TowerTables.of(rows, device)
             self.kept_calls.keep(key, tables)
         return TowerRun(executor, tables, self.last_read(arguments) - 1)
 

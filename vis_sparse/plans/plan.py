@@ -52,8 +52,8 @@ class VisualPlan:
 
     semantics "exclude": softmax runs over what is read, nothing else exists. "zero": the official code's arithmetic
     (arXiv 2410.06169), in which unread visual keys stay in the softmax's denominator and visual rows go on to the end.
-    tower: what patches compute in the vision encoder (docs/tower.md), a plan of its layers or a recipe of one, both
-    called "tower"; None: the encoder is the unpatched model's.
+    tower: what patches compute in the vision encoder (docs/tower.md), a plan of its layers or a recipe of one, whose
+    name becomes "tower"; None: the encoder is the unpatched model's.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -69,7 +69,7 @@ class VisualPlan:
         if not isinstance(self.semantics, str) or self.semantics not in SEMANTICS:
             raise PlanError(f"semantics: got {brief(self.semantics)}, expected one of {', '.join(SEMANTICS)}")
         self._check_tokens()
-        _check_tower(self.tower)
+        object.__setattr__(self, "tower", _checked_tower(self.tower))
 
     def _check_tokens(self) -> None:
         budgets = [(index, layer.tokens) for index, layer in enumerate(self.layers) if layer.tokens]
@@ -266,7 +266,7 @@ class PlanRecipe:
     tower: VisualPlan | PlanRecipe | None = None
 
     def __post_init__(self) -> None:
-        _check_tower(self.tower)
+        object.__setattr__(self, "tower", _checked_tower(self.tower))
 
     def whole_first(self, count: int) -> PlanRecipe:
         """The same plan with its first `count` layers whole: every head, full attention, the whole FFN, read by text.
@@ -301,10 +301,10 @@ class PlanRecipe:
         return VisualPlan(tuple(layers), self.name, self.about, self.semantics, self.tower)
 
 
-def _check_tower(tower) -> None:
-    """Raise PlanError for what is no plan of a vision encoder's layers."""
+def _checked_tower(tower):
+    """`tower` under the name that errors call it by. Raises PlanError for what is no plan of an encoder's layers."""
     if tower is None:
-        return
+        return None
     if not isinstance(tower, VisualPlan | PlanRecipe) or tower.tower is not None or tower.semantics != "exclude":
         raise PlanError(
             f"tower: got {brief(tower)}, expected a plan or a recipe for the encoder's layers, of semantics 'exclude' "
@@ -320,6 +320,7 @@ def _check_tower(tower) -> None:
             check_tower_layer(layer)
         except PlanError as error:
             raise PlanError(f"tower: layers {where}: {error}") from None
+    return dataclasses.replace(tower, name="tower", about="")
 
 
 def recipe_of(fields: Mapping[str, Any]) -> PlanRecipe:
