@@ -63,7 +63,7 @@ def test_generate_gives_the_eager_tokens(way, name, graphs):
         torch.manual_seed(0)
         tokens.append(model.generate(**batch.to_generate(), max_new_tokens=8, **WAYS[way]))
     assert torch.equal(tokens[0], tokens[1]) and torch.equal(tokens[0], tokens[2])
-    assert len(graphs) == 1, "one recording serves all steps of both calls"
+    assert len(graphs) == 2, "one recording serves all steps of both calls, one the second prompt"
 
 
 @pytest.mark.parametrize("name", slow_but(["right", "ragged"], BATCHES))
@@ -120,13 +120,13 @@ def test_caches_side_by_side_have_recordings_of_their_own(graphs):
     for column in range(start, start + 4):
         for (cache, longer), logits in zip(held, expected):
             torch.testing.assert_close(step(fast, longer, cache, column)[:, 0], logits[:, column])
-    assert len(graphs) == 2
+    assert len(graphs) == 3, "one of prompts, and one of steps for each cache"
     del held, cache
     gc.collect()
     for batch, logits in zip(batches, expected):
         longer = extended(fast, batch, 4)
         torch.testing.assert_close(run(fast, longer, range(start, start + 4))[0], logits)
-    assert len(graphs) == 2, "recordings of caches that are gone serve new ones"
+    assert len(graphs) == 3, "recordings of caches that are gone serve new ones"
 
 
 def scaled_in_place(model):

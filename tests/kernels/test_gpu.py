@@ -1,10 +1,14 @@
 """The Triton kernels on a GPU, in the shapes of real models: `python -m pytest -m gpu`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+import vis_sparse
 from vis_sparse.kernels import fused, fused_operations, get_backend, reference, tiled
 
+from ..models import IMAGE, extended, make_batch, make_model, random_plan, run
 from .cases import LAYOUTS, PATTERNS, errors, inputs, text_pattern, visual_pattern
 from .executor import largest_difference
 from .fused_cases import largest_error, rotation, rows
@@ -102,3 +106,32 @@ def test_fused_in_place():
         found.append((changed, normed, query, *stores))
     for ours, theirs in zip(*found):
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("seed", [900, 901])
+@torch.no_grad()
+def test_graphs(seed, padding):
+    """CUDA graphs of prompts and steps against a CPU in float64: texts of a bucket, caches side by side, weights that
+    move."""
+    plan = random_plan(seed)
+    reference = vis_sparse.patch(make_model("llama-gqa"), plan)
+    model = make_model("llama-gqa", dtype=torch.float32).to(GPU)
+    vis_sparse.patch(model, plan, graphs=True)
+    held = []
+    for number, first in enumerate((5, 9, 2, 5, 7)):
+        if number == 3:
+            for each in (model, reference):
+                weight = each.model.language_model.layers[0].mlp.down_proj.weight
+                weight.data = weight.data * 0.5
+        batch = make_batch(reference, [(first, IMAGE, 4), (2, IMAGE, 3)], padding, seed=number)
+        longer = extended(reference, batch, 3)
+        cuts = range(batch.length, longer.length)
+        expected = run(reference, longer, cuts)[0]
+        named = ("input_ids", "attention_mask", "pixel_values")
+        moved = replace(longer, **{name: getattr(longer, name).to(GPU) for name in named})
+        moved = replace(moved, pixel_values=moved.pixel_values.float())
+        logits, cache = run(model, moved, cuts)
+        held.append(cache)
+        real = longer.attention_mask.bool()
+        assert float((logits.cpu() - expected)[real].abs().max() / expected[real].abs().max()) <= 1e-4

@@ -48,7 +48,7 @@ class BoundLayer:
         heads = {"query_norm", "key_norm"} & modules.keys()
         epsilons = {vars(module)[eps] for part, (module, eps) in self._norms.items() if part in heads}
         self.turns_at_once = operations is not None and heads <= self._norms.keys() and len(epsilons) <= 1
-        self.gates_at_once = operations is not None and _is_silu(modules["activation"])
+        self.gates_at_once = operations is not None and _is_silu(modules.get("activation"))
         for name, cut in cuts.items():
             modules_of = cut.modules()
             plain = all(map(is_plain, modules_of))
@@ -60,7 +60,6 @@ class BoundLayer:
         names = ("query", "key", "value")
         whole = all(is_plain(modules[name]) for name in names)
         self.linears = [(modules[name]._parameters, layer.fused.get(name)) for name in names] if whole else None
-
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """The activation of gate, times up, where it `gates_at_once`."""

@@ -22,7 +22,7 @@ from .rows import add_rows
 from .steps import Step, mask_of_step
 from .token_scores import norms, on_host
 from .tokens import check_text_follows, choose
-from .weights import autocasts
+from .weights import RECORDS, autocasts
 
 
 class LaneExecutor:
@@ -113,7 +113,8 @@ class LaneExecutor:
         angles = Angles.of(cos, sin, call.num_text)
         # passed: where tokens left, all visual rows before and which of them went on
         whole, stopped, passed, recording = call, None, [], torch.is_grad_enabled()
-        in_place = not (recording or torch.compiler.is_compiling() or autocasts(x.device))
+        traced = torch.compiler.is_compiling() or RECORDS.get()
+        in_place = not (recording or traced or autocasts(x.device))
         for index, (lane, parts) in enumerate(zip(self.layers, bound.layers)):
             if collect is not None:
                 collect.append(_merged(whole, hidden, x, stopped, passed).clone())

@@ -138,6 +138,8 @@ class FixedSteps:
         return read if mask is None else read & mask.gather(1, columns.clamp(max=mask.shape[1] - 1))
 
     def blind(self, heads: tuple[bool, ...]) -> BlindHeads:
+        if torch.compiler.is_compiling():  # what a traced call leaves behind would have it traced again
+            return StepBlindHeads(torch.tensor(heads, device=self.device), self.is_visual)
         if heads not in self._heads:
             self._heads[heads] = on_device(np.array(heads), self.device)
         return StepBlindHeads(self._heads[heads], self.is_visual)
