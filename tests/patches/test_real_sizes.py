@@ -55,7 +55,7 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("name,size,layout", IMAGES.values(), ids=IMAGES)
-@pytest.mark.parametrize("plan", ["dense", "auto", "yopo-12"])
+@pytest.mark.parametrize("plan", ["dense", "hollow", "yopo-12"])
 def test_images(name, size, layout, plan):
     laid_out = flops(name, plan, layout=layout(), text_tokens=TEXT)
     by_rule = flops(name, plan, image_size=size, text_tokens=TEXT, text_before=BEFORE)

@@ -330,9 +330,9 @@ def test_shipped_plans_are_the_published_methods_on_32_layers():
         *[LayerPlan(attention=near, heads=HeadBudget(0.125), ffn=0.25)] * 14,
         *[LayerPlan.off()] * 16,
     )
-    causal = LayerPlan(attention=Neighborhood(3, "causal"))
-    frozen = LayerPlan(attention="none", ffn=0.0)
-    assert shipped["auto"] == (*[causal] * 16, *[frozen] * 16)
+    whole, frozen = LayerPlan(), LayerPlan(attention="none", ffn=0.0)
+    assert shipped["auto"] == (*[whole] * 28, frozen, *[LayerPlan.off()] * 3)
+    assert as_plan("auto", 8).layers == (*[whole] * 7, frozen), "to text it is the dense plan"
 
 
 @pytest.mark.parametrize("name", plan_names())

@@ -81,7 +81,7 @@ def test_settings(tmp_path):
         ({"plan": "vica", "plan_s": []}, "did you mean 'plans'"),
         ({"plan": "vica", "plans": "vtw"}, "expected a list"),
         ({"plan": "vica", "plans": ["vica"]}, "twice"),
-        ({"plan": "auto"}, "neighborhood"),
+        ({"plan": "hollow"}, "neighborhood"),
         ({"plan": "yopo-12"}, "no head scores"),
         ({"plan": "fastv"}, "tokens"),
         ({"plan": 3}, "plan: got 3"),

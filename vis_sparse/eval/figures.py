@@ -166,7 +166,7 @@ def _bar(drawing: Drawing, x: float, bottom: float, width: float, scale: float, 
 def _in_words(name: str) -> tuple[str, str, str]:
     return {
         "dense": ("the model", "as it is", ""),
-        "auto": ("near ones only,", "then frozen,", "still read"),
+        "auto": ("as the model,", "gone in the", "last tenth"),
         "yopo-25": ("half the FFN,", "45 % of heads,", "half the layers"),
         "yopo-12": ("1/4 of the FFN,", "1/8 of heads,", "half the layers"),
     }[name]

@@ -63,7 +63,7 @@ def test_a_checkpoints_own_plan_is_taken_where_nothing_is_said(folder, tmp_path)
         ({"language_model_only": True}, "text-only"),
         ({"kv_sharing_fast_prefill": True}, "fast prefill"),
         ({"kv_cache_dtype": "fp8"}, "quantised KV cache"),
-        ({"plan": "auto"}, "neighborhood"),
+        ({"plan": "hollow"}, "neighborhood"),
         ({"plan": "yopo-25"}, "head scores"),
         ({"plan": "fastv"}, "tokens"),
         ({"plan": "nothing"}, "expected a file or one of"),

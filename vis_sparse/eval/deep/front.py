@@ -1,22 +1,21 @@
-"""Scores of plans on the deep model: `python -m torch.distributed.run --standalone --nproc-per-node 2 -m
+"""Answers of plans on the deep model: `python -m torch.distributed.run --standalone --nproc-per-node 2 -m
 vis_sparse.eval.deep.front --out FOLDER --plans dense,auto,vica --calibration FILE --batches 60 --json FILE`.
 
-Held-out questions as in `scoring`, many about one image in one sequence, in bf16, the plan as `planned` computes it;
-`blind` is the plan under which no text reads a visual token. FLOPs are those of the decoder's visual rows, by `flops`.
+The held-out questions of `answers`, in bf16, the plan as `planned` computes it; `blind` is the plan under which no text
+reads a visual token. FLOPs are those of the decoder's visual rows, by `flops`.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
 from vis_sparse import flops
 from vis_sparse.cost.shape_lookup import load_shape
+from vis_sparse.eval.deep.answers import Answers, answered
 from vis_sparse.eval.deep.model import Model
 from vis_sparse.eval.deep.planned import PlannedDecoder
-from vis_sparse.eval.deep.run import STATE, join, rank
-from vis_sparse.eval.deep.scoring import counted
+from vis_sparse.eval.deep.run import STATE, gathered, join, rank, world
 from vis_sparse.eval.tiny import checkpoint, model_smol, smollm2
 from vis_sparse.eval.tiny.data import IMAGE_SIZE
 from vis_sparse.plans.budgets import resolve_heads
@@ -26,6 +25,7 @@ from vis_sparse.plans.schedule import LayerWork, schedule
 from vis_sparse.plans.scores import Calibration
 
 BLIND, DENSE = "blind", "dense"
+SAVE_STEPS = 5
 TEXT_BEFORE, TEXT = 24, 40  # tokens of a typical prompt
 
 
@@ -63,23 +63,26 @@ def share_of_flops(plan: VisualPlan) -> float:
 
 
 def front(state: Path, names: list[str], calibration: Path | None, batches: int, file: Path) -> None:
-    rows = json.loads(file.read_text()) if file.exists() else []
-    names = [name for name in names if name not in {row["plan"] for row in rows}]
-    if not names:
-        return
-    plans = {name: resolved(name, calibration) for name in names}
-    model = Model(lambda tensors: planned(tensors, work_of(plans[names[0]])))
+    """Ask plans the first `batches` batches; answers of plans that `file` has stay, `names` are asked anew."""
+    known = Answers.load(file) if file.exists() else Answers("", {}, {})
+    dense = work_of(resolved(DENSE, None))
+    works = {name: work_of(resolved(name, calibration)) for name in names}
+    model = Model(lambda tensors: planned(tensors, dense))
     model.load(state)
     model.decoder.refresh()
-    for name, plan in plans.items():
-        model.decoder.work = work_of(plan)
-        counts = counted(model, batches)
-        if rank() == 0:
-            kinds = {kind: {"right": right / asked, "questions": asked} for kind, (right, asked) in counts.items()}
-            rows.append({"plan": name, "visual_flops": round(share_of_flops(plan), 4), "kinds": kinds})
-            file.write_text(json.dumps(rows, indent=1) + "\n")
-            shown = " ".join(f"{kind} {100 * row['right']:.1f}" for kind, row in kinds.items())
-            print(f"{name}: {100 * rows[-1]['visual_flops']:.1f} % of the visual FLOPs; {shown}", flush=True)
+    model.decoder.compile_pointwise()
+    kinds, right = "", dict.fromkeys(names, "")
+    # batches go to the processes in turn
+    for step, (own_kinds, own_right) in enumerate(answered(model, dense, works, range(rank(), batches, world()))):
+        for each_kinds, each_right in gathered((own_kinds, own_right)):
+            kinds += each_kinds
+            right = {name: right[name] + each_right[name] for name in names}
+        if rank() == 0 and (step % SAVE_STEPS == SAVE_STEPS - 1 or (step + 1) * world() >= batches):
+            longest = max(kinds, known.kinds, key=len)
+            assert longest.startswith(min(kinds, known.kinds, key=len))
+            shares = {name: round(share_of_flops(resolved(name, calibration)), 4) for name in names}
+            Answers(longest, known.right | right, known.visual_flops | shares).save(file)
+            print(f"{(step + 1) * world()} of {batches} batches, {len(kinds):,} questions", flush=True)
 
 
 if __name__ == "__main__":
@@ -88,8 +91,8 @@ if __name__ == "__main__":
     parser.add_argument("--stage", default="whole")
     parser.add_argument("--plans", required=True, metavar="A,B,...")
     parser.add_argument("--calibration", type=Path, metavar="FILE")
-    parser.add_argument("--batches", type=int, default=60, help="of a process")
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="rows; those in it are kept")
+    parser.add_argument("--batches", type=int, default=180, help="of all processes; a multiple of their number")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="answers; other plans' stay")
     given = parser.parse_args()
     join()
     front(given.out / given.stage / STATE, given.plans.split(","), given.calibration, given.batches, given.json)

@@ -13,6 +13,8 @@ from vis_sparse.plans.layer_plan import Neighborhood
 from vis_sparse.plans.schedule import LayerWork
 
 HIDDEN = -1e4  # beside scores: not read
+# Residual streams and what the last block adds to them, of text rows and of visual rows.
+Lanes = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class PlannedDecoder(Decoder):
@@ -26,16 +28,31 @@ class PlannedDecoder(Decoder):
 
     def forward(self, embedded: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
         """As `Decoder.forward`; rows of visual tokens come back as zeros."""
-        length, at = embedded.shape[1], self.visual
-        text = torch.cat([torch.arange(at.start), torch.arange(at.stop, length)])
+        return self.rest(self.lanes(embedded), positions, visible)
+
+    def lanes(self, embedded: Tensor) -> Lanes:
+        """What enters the first layer."""
+        parts = embedded[:, self._text(embedded.shape[1])], embedded[:, self.visual]
+        return tuple(part for rows in parts for part in (rows.float(), torch.zeros_like(rows, dtype=self.dtype)))
+
+    def _text(self, length: int) -> Tensor:
+        return torch.cat([torch.arange(self.visual.start), torch.arange(self.visual.stop, length)])
+
+    def rest(
+        self, lanes: Lanes, positions: Tensor, visible: Tensor, first: int = 0, kept: list[Lanes] | None = None
+    ) -> Tensor:
+        """`forward` from layer `first` on; what enters a layer is appended to `kept`."""
+        length, at = visible.shape[-1], self.visual
+        text = self._text(length)
         heads = self.config.num_attention_heads, self.config.num_key_value_heads
         epsilon = self.config.rms_norm_eps
         turns = [rotations(positions[:, rows], self.config) for rows in (text, at)]
         bias = torch.zeros(visible.shape, dtype=self.dtype).masked_fill_(~visible, HIDDEN)[:, :, None]
         text_bias, visual_bias = bias[..., text, :][..., text], bias[..., text, :][..., at]
-        hidden, added = embedded[:, text].float(), torch.zeros_like(embedded[:, text], dtype=self.dtype)
-        seen, changed = embedded[:, at].float(), torch.zeros_like(embedded[:, at], dtype=self.dtype)
-        for layer, work in enumerate(self.work):
+        hidden, added, seen, changed = lanes
+        for layer, work in enumerate(self.work[first:], first):
+            if kept is not None:
+                kept.append((hidden, added, seen, changed))
             hidden, rows = self.add_and_norm(hidden, added, self.norms[2 * layer], epsilon)
             query, key, value = Heads.apply(
                 self._linears(layer, 0, rows), *turns[0], *heads, self.heads_of, self.rows_of
@@ -65,7 +82,7 @@ class PlannedDecoder(Decoder):
                 seen, rows = self.add_and_norm(seen, changed, self.norms[2 * layer + 1], epsilon)
                 changed = self._ffn(layer, rows, work.neurons)
         last = self.add_and_norm(hidden, added, self.norm, epsilon)[1]
-        return torch.zeros_like(embedded, dtype=self.dtype).index_copy(1, text, last)
+        return last.new_zeros(len(last), length, last.shape[-1]).index_copy(1, text, last)
 
     def _ffn(self, layer: int, rows: Tensor, neurons: int | tuple[int, ...] | None = None) -> Tensor:
         inner = Swiglu.apply(self._linears(layer, 2, rows), self.swiglu, self.swiglu_grads)

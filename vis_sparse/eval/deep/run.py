@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import transformers
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed
 from torch.nn import Parameter
 
+T = TypeVar("T")
 SAVE_SECONDS = 120
 STATE = "state.safetensors"
 
@@ -147,6 +149,15 @@ def rank() -> int:
 
 def world() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def gathered(mine: T) -> list[T]:
+    """Every process's, in each."""
+    if not distributed.is_initialized():
+        return [mine]
+    every = [None] * world()
+    distributed.all_gather_object(every, mine)
+    return every
 
 
 def join() -> None:

@@ -4,7 +4,7 @@ A slot sees the beginning and itself, and its positions go on from the beginning
 were alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,8 +112,12 @@ def sequences(
     kinds: Sequence[str],
     chats: Sequence[tuple[str, list[int]]],
     split: str = "train",
+    asked: Callable[[np.random.Generator, Scene | Page], list[list[Turn]]] | None = None,
 ) -> Sequences:
-    """One sequence for each of `kinds`: "shape", "grid", "page", or "chat" (some of `chats`: texts, ids of answers)."""
+    """One sequence for each of `kinds`: "shape", "grid", "page", or "chat" (some of `chats`: texts, ids of answers).
+
+    asked(rng, image): other dialogs than `dialogs`.
+    """
     rows, images, turns = [], [], []
     for kind in kinds:
         if kind == "chat":
@@ -124,7 +128,7 @@ def sequences(
         else:
             writer, shown = Writer(tokenizer, image_prefix(tokenizer)), image(rng, kind, split)
             images.append(shown)
-            for dialog in dialogs(rng, shown):
+            for dialog in (asked or dialogs)(rng, shown):
                 writer.add(dialog)
         rows.append(writer.rows())
         turns.append(writer.turns)

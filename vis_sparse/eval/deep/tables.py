@@ -1,13 +1,16 @@
 """Writes the tables of the deep model's pages from what `front` measured: `python -m vis_sparse.eval.deep.tables`."""
 
-import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from vis_sparse.eval.comparison.paired import mcnemar, only_one_right
+from vis_sparse.eval.deep.answers import Answers
 from vis_sparse.eval.deep.front import BLIND, DENSE
 from vis_sparse.eval.tiny.smol_files import SHIPPED_FOLDER
+from vis_sparse.plans.files import plan_names
 
 DOCS = Path("docs")
-SCORES, FRONT = DOCS / "assets" / "deep_scores.json", DOCS / "assets" / "deep_front.json"
+ANSWERS = DOCS / "assets" / "deep_answers.json"
 START, END = "<!-- {}: written by python -m vis_sparse.eval.deep.tables -->", "<!-- end of {} -->"
 ASKED = {
     "easy_vqa": '"is there not a blue shape?"',
@@ -17,33 +20,40 @@ ASKED = {
     "reading": '"what does the second line say?"',
     "which_line": '"which line says river?"',
     "lines": '"how many lines are there?"',
-    "first": "first turns of conversations of four",
-    "later": "their later turns",
+    "later": "second to fourth turns of conversations",
     "leaning": 'of those, the ones that lean on a turn before: "and the line below it?"',
     "description": '"describe the picture.", every word of the sentence',
 }
-COLUMNS = ("easy_vqa", "place", "count", "exists", "reading", "first", "later")
+SHORT = ("place", "count", "reading", "later")  # README's
+COLUMNS = ("easy_vqa", "place", "count", "exists", "reading", "which_line", "later", "description")
+LEVEL = 0.05
 
 
-def scores(rows: list[dict]) -> str:
+def scores(answers: Answers) -> str:
     """Dense beside blind, a row a kind."""
-    by_plan = {row["plan"]: row["kinds"] for row in rows}
     lines = ["| kind | question | right | blind | questions |", "| --- | --- | --- | --- | --- |"]
     for kind, text in ASKED.items():
-        dense, blind = by_plan[DENSE].get(kind), by_plan[BLIND].get(kind)
-        if dense:
-            right, guessed = (f"{100 * row['right']:.1f} %" for row in (dense, blind))
-            lines.append(f"| {kind} | {text} | {right} | {guessed} | {dense['questions']:,} |")
+        dense, blind = answers.of(DENSE, kind), answers.of(BLIND, kind)
+        lines.append(f"| {kind} | {text} | {dense.mean():.1%} | {blind.mean():.1%} | {len(dense):,} |")
     return "\n".join(lines)
 
 
-def front(rows: list[dict]) -> str:
-    """A row a plan, the dearest first."""
-    lines = [f"| plan | visual FLOPs | {' | '.join(COLUMNS)} |", "| --- " * (len(COLUMNS) + 2) + "|"]
-    for row in sorted(rows, key=lambda row: -row["visual_flops"]):
-        values = [f"{100 * row['kinds'][kind]['right']:.1f}" for kind in COLUMNS]
-        lines.append(f"| `{row['plan']}` | {100 * row['visual_flops']:.1f} % | {' | '.join(values)} |")
+def front(answers: Answers, plans: Iterable[str], columns: Sequence[str]) -> str:
+    """A row a plan, the dearest first: score, and points beside dense on the same questions."""
+    lines = [f"| plan | visual FLOPs | questions | {' | '.join(columns)} |", "| --- " * (len(columns) + 3) + "|"]
+    for plan in sorted(plans, key=lambda plan: -answers.visual_flops[plan]):
+        cells = [cell(answers, plan, kind) for kind in columns]
+        asked = f"{len(answers.right[plan]):,}"
+        lines.append(f"| `{plan}` | {answers.visual_flops[plan]:.1%} | {asked} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def cell(answers: Answers, plan: str, kind: str) -> str:
+    own, dense = answers.of(plan, kind, DENSE), answers.of(DENSE, kind, plan)
+    if plan == DENSE:
+        return f"{100 * own.mean():.1f}"
+    beyond_chance = "*" if mcnemar(*only_one_right(own, dense)) < LEVEL else ""
+    return f"{100 * own.mean():.1f} ({100 * (own.mean() - dense.mean()):+.1f}{beyond_chance})"
 
 
 def put(page: Path, name: str, table: str) -> None:
@@ -54,7 +64,8 @@ def put(page: Path, name: str, table: str) -> None:
 
 
 if __name__ == "__main__":
-    measured = json.loads(SCORES.read_text())
+    measured = Answers.load(ANSWERS)
     for page in (DOCS / "deep.md", SHIPPED_FOLDER / "README.md"):
         put(page, "scores", scores(measured))
-    put(DOCS / "deep.md", "front", front(measured + json.loads(FRONT.read_text())))
+    put(DOCS / "deep.md", "front", front(measured, measured.right, COLUMNS))
+    put(Path("README.md"), "front", front(measured, {*plan_names(), BLIND} & {*measured.right}, SHORT))
