@@ -15,6 +15,7 @@ import torch
 
 import vis_sparse
 from vis_sparse.executor import recorded, step_graphs
+from vis_sparse.patches.errors import PatchError
 from vis_sparse.plans.plan import VisualPlan
 
 from ..marks import slow_but
@@ -168,7 +169,16 @@ def test_changes_between_steps_are_noticed(change, graphs):
             found += [step(model, longer, cache, batch.length + more) for more in (1, 2)]
     for expected, given in zip(found[:3], found[3:]):
         torch.testing.assert_close(given, expected)
-    assert not torch.allclose(found[1], run(pair(random_plan(605)).__next__(), longer)[0][:, batch.length + 1 :][:, :1])
+    other = run(next(pair(random_plan(605))), longer)[0]
+    assert not torch.allclose(found[1][:, 0], other[:, batch.length + 1]), "the change shows"
+
+
+@pytest.mark.parametrize("backend", ["flex", "reference"])
+def test_backends_whose_tables_are_no_tensors_are_refused(backend):
+    model = make_model()
+    with pytest.raises(PatchError, match=f"graphs: got True with backend {backend}, expected auto"):
+        vis_sparse.patch(model, VisualPlan.dense(LAYERS), backend=backend, graphs=True)
+    assert vis_sparse.inspect(model) is None
 
 
 @torch.no_grad()
