@@ -139,6 +139,8 @@ def patch(
         kernels = get_backend(backend)
     except ValueError as error:
         raise PatchError(str(error)) from None
+    if graphs and kernels.name not in ("auto", "torch", "triton"):
+        raise PatchError(f"graphs: got True with backend {kernels.name}, expected auto, torch or triton")
     plans, tower = _with_towers(family, outer, plans, heads, kernels)
     state, before = PatchState(family, model, decoder, plans, kernels, whole, graphs), _state(model)
     state.measured, state.tower = measured, tower
