@@ -61,7 +61,7 @@ def counted(case, model, plan) -> int:
     return sum(count for operation, count in found.items() if not any(w in str(operation) for w in ("bmm", "scaled")))
 
 
-@pytest.mark.parametrize("seed", slow_but([0, 1], range(6)))
+@pytest.mark.parametrize("seed", slow_but([0], range(3)))
 @pytest.mark.parametrize("name", CASES)
 def test_projections_and_ffn_are_what_torch_counts(name, seed):
     case = CASES[name]

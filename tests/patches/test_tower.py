@@ -70,7 +70,7 @@ def test_the_oracle_is_the_encoder_where_a_plan_is_dense(name):
         handle.remove()
 
 
-@pytest.mark.parametrize("seed", slow_but([0, 1, 2], range(10)))
+@pytest.mark.parametrize("seed", slow_but([0, 1], range(6)))
 @pytest.mark.parametrize("name", CASES)
 def test_random_plans(name, seed):
     case = CASES[name]
@@ -83,7 +83,7 @@ def test_random_plans(name, seed):
             check(run(case, model, plan, hidden, rotary, backend), theirs)
 
 
-@pytest.mark.parametrize("seed", slow_but([0, 1], range(8)))
+@pytest.mark.parametrize("seed", slow_but([0, 1], range(5)))
 def test_ragged_images_with_several_global_tokens(seed):
     """No family has them together; the executor does not care."""
     case = CASES["CLIP"]
