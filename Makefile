@@ -97,7 +97,7 @@ $(VLLM)/.ready: setup.py constraints-vllm.txt
 	touch $@
 
 test-vllm: $(VLLM)/.ready
-	$(VLLM)/bin/python -m pytest -q tests/serving
+	$(VLLM)/bin/python -m pytest -q -W ignore --show-capture=no --durations=5 tests/serving/engine
 
 soak-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m tests.serving.engine.soak $(SOAK)

@@ -42,7 +42,7 @@ def soak(requests: int, seed: int, folder: Path, plans: Path, out=print) -> dict
     rng, against, files = random.Random(seed), Reference(folder), plan_files(plans)
     asked: dict[str, Ask] = {}
     aborted, wrong, worst, sent, done, marks = set(), [], 0.0, 0, 0, []
-    with engine(folder, plans, max_model_len=384, num_gpu_blocks_override=26) as llm:
+    with engine(folder, plans, max_model_len=384, num_gpu_blocks_override=104) as llm:
         core, start = llm.llm_engine, time.monotonic()
         while sent < requests or asked:
             while sent < requests and len(asked) < 10:
@@ -62,6 +62,7 @@ def soak(requests: int, seed: int, folder: Path, plans: Path, out=print) -> dict
                     assert distance < TOLERANCE, distance
                 except AssertionError as error:
                     wrong.append({"request": name, "ask": repr(ask), "why": str(error)[:200]})
+                    out(f"wrong: {wrong[-1]}")
                 if done % 50 == 0:
                     marks.append(memory())
                     out(f"{done} answered, {len(aborted)} aborted, {len(wrong)} wrong, worst {worst:.1e}, "

@@ -7,7 +7,7 @@ from vis_sparse.eval.tiny.model_llava import prompt
 from .harness import Reference, served
 from .running import engine
 
-QUESTIONS = 25  # of each kind
+QUESTIONS = 15  # of each kind
 
 
 def test_answers_to_held_out_questions(tmp_path):
