@@ -145,6 +145,7 @@ class Attention(nn.Module):
         self.attn, self.engine = Paged(engine, name), [engine]
 
     def rotary_emb(self, positions, query, key):
+        """In place, as engines' kernels do it."""
         cos, sin = self.engine[0].rotary(query[None], positions[None])
 
         def turned(x):
@@ -152,7 +153,9 @@ class Attention(nn.Module):
             half = torch.cat([-x[..., self.head_dim // 2 :], x[..., : self.head_dim // 2]], -1)
             return (x * cos[0, :, None] + half * sin[0, :, None]).flatten(1)
 
-        return turned(query), turned(key)
+        for x in (query, key):
+            x.copy_(turned(x))
+        return query, key
 
     def forward(self, positions, hidden_states):
         q, k, v = self.qkv_proj(hidden_states)[0].split([self.q_size, self.kv_size, self.kv_size], -1)

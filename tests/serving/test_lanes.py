@@ -101,6 +101,21 @@ def test_random_plans(seed):
     check(model, Engine(model, plans, block=(2, 4, 8)[seed % 3]), plans, prompts(model, SAMPLES, seed), seed)
 
 
+@pytest.mark.parametrize("plan", [VICA, random_plan(4)], ids=lambda plan: plan.name)
+def test_one_visual_row_in_a_step(plan):
+    """The last one of an image, with text behind it; and the first one, alone."""
+    model = models.make_model("llama-gqa")
+    [(embeds, names, ranges, layout)] = prompts(model, [(2, WHOLE, 5)])
+    wanted = expected(model, plan, embeds, layout)
+    for steps in ([9, len(embeds) - 9], [2, 1, 6, len(embeds) - 9]):
+        engine = Engine(model, [plan])
+        request = engine.request(embeds, names, ranges, plan.name)
+        engine.admit(request)
+        for rows in steps:
+            engine.step([request], [rows])
+        torch.testing.assert_close(torch.cat(request.rows), wanted, rtol=0, atol=1e-9)
+
+
 def test_prefixes_are_shared_within_a_plan_only():
     """The same prompts again, and prompts that go on differently: blocks are taken over, and the logits stay."""
     model = models.make_model("llama-gqa")

@@ -55,8 +55,9 @@ class VisualKeys(nn.Module):
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = self.project(x).split([self.width, self.width], dim=-1)
-        # the engine's rotary embedding takes a query and may work in place: one head stands in for it
-        _, key = self.rotary(positions, key[:, : self.head_dim].contiguous(), key.contiguous())
+        # the engine's rotary embedding takes a query and may work in place: a copy of one head stands in for it
+        # (contiguous() copies nothing of a single row)
+        _, key = self.rotary(positions, key[:, : self.head_dim].clone(), key.contiguous())
         return key.view(-1, self.width // self.head_dim, self.head_dim), value.reshape(
             -1, self.width // self.head_dim, self.head_dim
         )
