@@ -204,7 +204,7 @@ def test_what_cannot_be_recorded_is_said_once(graphs):
 @pytest.mark.slow
 @torch.no_grad()
 def test_more_steps_than_a_recording_has_room_for(graphs, monkeypatch):
-    monkeypatch.setattr(step_graphs, "_ROOM", 1)
+    monkeypatch.setattr(step_graphs, "_ROOM", 8)
     eager, fast = pair(random_plan(606))
     batch = make_batch(eager, *BATCHES["left"])
     longer = extended(eager, batch, 40)

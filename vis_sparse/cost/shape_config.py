@@ -54,11 +54,19 @@ def shape_of_config(config, name: str) -> ModelShape:
         raise ShapeError(
             f"model: got a {config.model_type} config, expected a decoder's sizes in it ({error})"
         ) from None
-    for name_, size in decoder.items():
-        if not isinstance(size, bool) and not (isinstance(size, int) and 0 < size < _MOST):
-            raise ShapeError(f"model: got {name_} {brief(size)} in {name}, expected a decoder's sizes")
+    _check_sizes(decoder, name, "a decoder's")
     family = _FAMILIES.get(config.model_type)
-    return ModelShape(name, **decoder, **(family(config) if family else {}))
+    parts = family(config) if family else {}
+    if parts:
+        sizes = ("layers", "hidden", "heads", "ffn", "patch_values")
+        _check_sizes({size: getattr(parts["vision"], size) for size in sizes}, name, "a vision tower's")
+    return ModelShape(name, **decoder, **parts)
+
+
+def _check_sizes(sizes: dict, name: str, whose: str) -> None:
+    for part, size in sizes.items():
+        if not isinstance(size, bool) and not (isinstance(size, int) and 0 < size < _MOST):
+            raise ShapeError(f"model: got {part} {brief(size)} in {name}, expected {whose} sizes")
 
 
 def _llava(config) -> dict:
