@@ -86,13 +86,13 @@ test-next:
 	$(NEXT)/bin/python -m pip install --quiet --upgrade --pre transformers
 	$(NEXT)/bin/python -m pytest $(PYTEST)
 
-# 6 GB in 190 files: uv fetches them side by side
+# 6 GB in 190 files: uv fetches them side by side, by the certificates that pip takes
 setup-vllm: $(VLLM)/.ready
 
 $(VLLM)/.ready: setup.py constraints-vllm.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet uv
-	$(VLLM)/bin/uv pip install --quiet --python $(VLLM)/bin/python --no-deps --requirement constraints-vllm.txt
+	$(VLLM)/bin/uv pip install --quiet --system-certs --python $(VLLM)/bin/python --no-deps --requirement constraints-vllm.txt
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
