@@ -19,7 +19,7 @@ def left_out(items: Sequence[pytest.Item]) -> list[pytest.Item]:
     """Of test functions with more than MOST slow cases all but MOST of them, drawn at random, the same in every run."""
     tables = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("slow"):
+        if item.get_closest_marker("slow") and not item.get_closest_marker("every"):
             tables[item.nodeid.partition("[")[0]].append(item)
     large = (cases for cases in tables.values() if len(cases) > MOST)
     return [case for cases in large for case in Random(0).sample(cases, len(cases) - MOST)]

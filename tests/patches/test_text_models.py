@@ -75,6 +75,7 @@ def check_right(model) -> None:
 _FAST = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "glm", "helium", "smollm3", "gemma3_text", "mixtral")
 
 
+@pytest.mark.every
 @pytest.mark.parametrize("kind", slow_but(_FAST, TYPES))
 def test_right_or_refused(kind):
     try:
