@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from vis_sparse.eval.random_checkpoint import random_llava
 
 from .running import Ask, answers, engine, has_its_own_forward, read
@@ -24,7 +26,11 @@ def test_without_a_plan_nothing_changes(tmp_path):
         env=os.environ | {"VLLM_PLUGINS": "nothing"},
     )  # fmt: skip
     assert alone.returncode == 0, alone.stderr[-3000:]
-    assert json.loads((tmp_path / "said.json").read_text()) == said(folder)
+    # threads add in any order, so that last bits differ from run to run
+    for theirs, ours in zip(json.loads((tmp_path / "said.json").read_text()), said(folder), strict=True):
+        assert theirs[0] == ours[0]
+        for one, other in zip([*theirs[1], *theirs[2]], [*ours[1], *ours[2]], strict=True):
+            assert one == (other and pytest.approx(other, abs=1e-5))
 
 
 if __name__ == "__main__":

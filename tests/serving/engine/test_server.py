@@ -45,8 +45,8 @@ def server(folder, plans, tmp_path_factory):
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
         "--port", str(port), "--host", "127.0.0.1",
         "--dtype", "float32", "--max-model-len", "640", "--block-size", "32", "--max-num-batched-tokens", "64",
-        "--max-num-seqs", "6", "--max-logprobs", "70", "--num-gpu-blocks-override", "60", "--served-model-name", "tiny",
-        "--limit-mm-per-prompt", '{"image": 3}',
+        "--max-num-seqs", "6", "--max-logprobs", "70", "--num-gpu-blocks-override", "104",
+        "--served-model-name", "tiny", "--limit-mm-per-prompt", '{"image": 3}',
         "--additional-config", json.dumps({"vis_sparse": {"plan": DEFAULT, "plans": others}}),
     ]  # fmt: skip
     log = tmp_path_factory.mktemp("log") / "server.log"
