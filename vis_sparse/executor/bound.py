@@ -106,6 +106,10 @@ class Product:
             return x
         return add_rows(x, start, product(h, weight, bias))
 
+    def of_nothing(self, x: torch.Tensor, width: int) -> torch.Tensor | None:
+        """What zeros of `width` give, one row like those of x: the bias."""
+        return self._tensors()[1]
+
 
 class Called:
     """What is no plain linear layer, called whole."""
@@ -118,6 +122,9 @@ class Called:
 
     def add_to(self, x: torch.Tensor, start: int, h: torch.Tensor) -> torch.Tensor:
         return add_rows(x, start, self._call(h))
+
+    def of_nothing(self, x: torch.Tensor, width: int) -> torch.Tensor:
+        return self._call(x.new_zeros(1, width))[0]
 
 
 def _function(module, outputs: range | None) -> Function:

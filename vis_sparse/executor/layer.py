@@ -271,11 +271,7 @@ class LaneLayer:
 
     def _add_bias(self, x, num_text, parts: BoundLayer):
         """Visual rows that attend in no head still get what the output projection makes of nothing: its bias."""
-        module = self.layer.module("output")
-        if is_plain(module):
-            _, bias = tensors(module)
-        else:
-            bias = parts.output(x.new_zeros(1, self.num["query"] * self.head_dim))[0]
+        bias = parts.output.of_nothing(x, self.num["query"] * self.head_dim)
         return x if bias is None else add_rows(x, num_text, bias.expand(x.shape[0] - num_text, -1))
 
     @torch.no_grad()

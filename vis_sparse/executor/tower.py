@@ -22,7 +22,7 @@ from .kept_cuts import KeptCuts
 from .rows import rotate
 from .token_scores import norms, on_host
 from .tower_tables import TowerTables
-from .weights import CutLinear, Selection, is_plain, tensors, unit_columns
+from .weights import CutLinear, Selection, unit_columns
 
 
 @dataclass(frozen=True)
@@ -223,11 +223,7 @@ class TowerLane:
 
     def _bias(self, x, parts: BoundLayer) -> torch.Tensor:
         """What rows that attend in no head get: what the output projection makes of nothing."""
-        module = self.layer.module("output")
-        if is_plain(module):
-            _, bias = tensors(module)
-        else:
-            bias = parts.output(x.new_zeros(1, self.num_heads * self.head_dim))[0]
+        bias = parts.output.of_nothing(x, self.num_heads * self.head_dim)
         return torch.zeros_like(x) if bias is None else bias.expand(len(x), -1)
 
     def _projected(self, h, angles, parts: BoundLayer) -> list[torch.Tensor]:
