@@ -19,7 +19,7 @@ import vis_sparse
 from vis_sparse.eval.deep import sequences as packing
 from vis_sparse.eval.deep.answers import KINDS, Answers, examined, kinds_of, likeliest, right_of
 from vis_sparse.eval.deep.decoder import LINEARS, SCALE, Decoder, place_of
-from vis_sparse.eval.deep.export import difference
+from vis_sparse.eval.deep.export import difference, restored, weights_of
 from vis_sparse.eval.deep.planned import PlannedDecoder
 from vis_sparse.eval.deep.run import Run, Schedule
 from vis_sparse.eval.deep.sequences import NO_LABEL, Writer, sequences
@@ -178,15 +178,20 @@ def test_what_is_exported_merges_to_what_was_trained(tmp_path):
     model, decoder = small()
     parameters = {f"lora.{name}": parameter for name, parameter in decoder.lora.items()}
     parameters |= {"tower.pre_layrnorm.weight": torch.nn.Parameter(torch.ones(4))}
-    run = Run(tmp_path, Schedule(1), [(1e-3, parameters)])
+    parameters |= {"projector.linear_1.bias": torch.nn.Parameter(torch.rand(4))}
+    run = Run(tmp_path / "whole", Schedule(1), [(1e-3, parameters)])
     run.save()
-    found = difference(tmp_path / "state.safetensors")
+    weights = weights_of(tmp_path, "whole")
+    found = difference(weights)
     name = "model.layers.1.mlp.up_proj.weight"
     merged = smol_files.merged(name, decoder.weights[6][128:, :96], found)
     torch.testing.assert_close(merged, model.state_dict()[name], rtol=1e-5, atol=1e-5)
     assert smol_files.merged("model.norm.weight", torch.ones(3), found).tolist() == [1, 1, 1]
     assert "vision_tower.vision_model.pre_layrnorm.weight" in found
     assert math.isclose(found["lora.model.layers.0.self_attn.q_proj.b"].std(), SCALE * 0.1, rel_tol=0.1)
+    again = restored(found)
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(again[name], parameter) for name, parameter in parameters.items())
 
 
 @pytest.mark.parametrize("name", ["dense", "hollow", "yopo-25", "vica", "cut"])

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 
 from vis_sparse.eval.deep import texts
 from vis_sparse.eval.deep.decoder import LINEARS, SCALE, Decoder, place_of
-from vis_sparse.eval.deep.export import difference
+from vis_sparse.eval.deep.export import SHIPPED, difference, weights_of
 from vis_sparse.eval.deep.front import planned, resolved, work_of
 from vis_sparse.eval.deep.model import Model, answer_loss
 from vis_sparse.eval.deep.projector import projected
-from vis_sparse.eval.deep.run import STATE, Run, Schedule, join, rank, rounded, world
+from vis_sparse.eval.deep.run import Run, Schedule, join, rank, rounded, world
 from vis_sparse.eval.deep.scoring import counted, shares
 from vis_sparse.eval.deep.sequences import sequences
 from vis_sparse.eval.deep.vision import features, seen
@@ -38,15 +38,15 @@ LOG_STEPS, HELD_OUT_STEPS = 5, 40
 
 
 def train(folder: Path, base: str, name: str, calibration: Path | None, minutes: float) -> None:
-    state, chats = folder / base / STATE, texts.answered(folder / "texts.json")
-    added = difference(state)
+    weights, chats = weights_of(folder, base), texts.answered(folder / "texts.json")
+    added = difference(weights)
     work = work_of(resolved(name, calibration))
 
     def on_the_base(tensors):
         return planned({key: merged(key, value, added) for key, value in tensors.items()}, work, rank=RANK, seed=SEED)
 
     model = Model(on_the_base)
-    model.load(state, ("projector", "tower"))
+    model.load(weights, ("projector", "tower"))
     out = folder / f"adapt-{Path(name).stem}"
     parameters = {f"lora.{key}": parameter for key, parameter in model.decoder.lora.items()}
     run = Run(out, Schedule(minutes, warmup=0.03, decay=0.6), [(RATE, parameters)])
@@ -100,7 +100,7 @@ def write(folder: Path, decoder: Decoder) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/tiny/smol"), metavar="FOLDER", help="of the training")
-    parser.add_argument("--stage", default="whole", help="whose weights are the base")
+    parser.add_argument("--stage", default=SHIPPED, help="whose weights are the base")
     parser.add_argument("--plan", required=True, metavar="NAME")
     parser.add_argument("--calibration", type=Path, metavar="FILE")
     parser.add_argument("--minutes", type=float, required=True)

@@ -6,6 +6,7 @@ reads a visual token. FLOPs are those of the decoder's visual rows, by `flops`.
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,9 +14,10 @@ import torch
 from vis_sparse import flops
 from vis_sparse.cost.shape_lookup import load_shape
 from vis_sparse.eval.deep.answers import Answers, answered
+from vis_sparse.eval.deep.export import SHIPPED, weights_of
 from vis_sparse.eval.deep.model import Model
 from vis_sparse.eval.deep.planned import PlannedDecoder
-from vis_sparse.eval.deep.run import STATE, gathered, join, rank, world
+from vis_sparse.eval.deep.run import gathered, join, rank, world
 from vis_sparse.eval.tiny import checkpoint, model_smol, smollm2
 from vis_sparse.eval.tiny.data import IMAGE_SIZE
 from vis_sparse.plans.budgets import resolve_heads
@@ -62,13 +64,15 @@ def share_of_flops(plan: VisualPlan) -> float:
     return spent(plan) / spent(VisualPlan.dense(shape.layers))
 
 
-def front(state: Path, names: list[str], calibration: Path | None, batches: int, file: Path) -> None:
+def front(
+    weights: Mapping[str, torch.Tensor], names: list[str], calibration: Path | None, batches: int, file: Path
+) -> None:
     """Ask plans the first `batches` batches; answers of plans that `file` has stay, `names` are asked anew."""
     known = Answers.load(file) if file.exists() else Answers("", {}, {})
     dense = work_of(resolved(DENSE, None))
     works = {name: work_of(resolved(name, calibration)) for name in names}
     model = Model(lambda tensors: planned(tensors, dense))
-    model.load(state)
+    model.load(weights)
     model.decoder.refresh()
     model.decoder.compile_pointwise()
     kinds, right = "", dict.fromkeys(names, "")
@@ -88,11 +92,11 @@ def front(state: Path, names: list[str], calibration: Path | None, batches: int,
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/tiny/smol"), metavar="FOLDER", help="of the training")
-    parser.add_argument("--stage", default="whole")
+    parser.add_argument("--stage", default=SHIPPED, help="whose weights are asked: shipped, whole, ...")
     parser.add_argument("--plans", required=True, metavar="A,B,...")
     parser.add_argument("--calibration", type=Path, metavar="FILE")
     parser.add_argument("--batches", type=int, default=180, help="of all processes; a multiple of their number")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="answers; other plans' stay")
     given = parser.parse_args()
     join()
-    front(given.out / given.stage / STATE, given.plans.split(","), given.calibration, given.batches, given.json)
+    front(weights_of(given.out, given.stage), given.plans.split(","), given.calibration, given.batches, given.json)

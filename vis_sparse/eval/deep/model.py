@@ -1,11 +1,9 @@
 """The deep model as it is trained."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,6 +12,8 @@ from vis_sparse.eval.deep.projector import Words, new_projector, projected
 from vis_sparse.eval.deep.sequences import NO_LABEL, Sequences, visual_places
 from vis_sparse.eval.deep.vision import Heads, Seen, features, head_losses, new_tower
 from vis_sparse.eval.tiny import smollm2
+
+PARTS = ("lora", "projector", "tower", "heads")
 
 
 class Model(nn.Module):
@@ -27,14 +27,13 @@ class Model(nn.Module):
         self.projector = new_projector(128, smollm2.config().hidden_size)
         self.words = Words(state["model.embed_tokens.weight"], self.tokenizer)
 
-    def load(self, state: Path, parts: Sequence[str] = ("lora", "projector", "tower", "heads")) -> None:
-        """Weights of a stage's run; what it did not have stays."""
-        with safe_open(state, "pt") as file, torch.no_grad():
-            known = set(file.keys())
+    def load(self, weights: Mapping[str, Tensor], parts: Sequence[str] = PARTS) -> None:
+        """Weights by their names in a run; what is not among them stays."""
+        with torch.no_grad():
             for _, group in self.groups(defaultdict(float)):
                 for name, parameter in group.items():
-                    if name.split(".")[0] in parts and f"weight/{name}" in known:
-                        parameter.copy_(file.get_tensor(f"weight/{name}"))
+                    if name.split(".")[0] in parts and name in weights:
+                        parameter.copy_(weights[name])
 
     def groups(self, rates: dict[str, float]) -> list[tuple[float, dict]]:
         vision = {f"tower.{name}": p for name, p in self.tower.named_parameters() if "post_layernorm" not in name}
