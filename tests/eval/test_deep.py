@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 import vis_sparse
+from vis_sparse.eval.deep import adapter_files
 from vis_sparse.eval.deep import sequences as packing
 from vis_sparse.eval.deep.answers import KINDS, Answers, examined, kinds_of, likeliest, right_of
 from vis_sparse.eval.deep.decoder import LINEARS, SCALE, Decoder, place_of
@@ -194,9 +196,8 @@ def test_what_is_exported_merges_to_what_was_trained(tmp_path):
     assert all(torch.equal(again[name], parameter) for name, parameter in parameters.items())
 
 
-@pytest.mark.parametrize("name", ["dense", "hollow", "yopo-25", "vica", "cut"])
-def test_the_decoder_under_a_plan_is_the_patched_model(name):
-    """Logits of a LLaVA of 6 x 6 visual tokens, patched with the plan, and of the training decoder."""
+def small_llava() -> LlavaForConditionalGeneration:
+    """With 6 x 6 visual tokens, which are its word 4."""
     torch.manual_seed(0)
     text = LlamaConfig(
         vocab_size=60, hidden_size=96, intermediate_size=128, num_hidden_layers=8, num_attention_heads=6,
@@ -206,7 +207,7 @@ def test_the_decoder_under_a_plan_is_the_patched_model(name):
     vision = CLIPVisionConfig(
         image_size=24, patch_size=4, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
-    model = LlavaForConditionalGeneration(
+    return LlavaForConditionalGeneration(
         LlavaConfig(
             text_config=text,
             vision_config=vision,
@@ -215,21 +216,53 @@ def test_the_decoder_under_a_plan_is_the_patched_model(name):
             tie_word_embeddings=True,
         )
     ).eval()
-    cut = VisualPlan.vtw(8, 3)
-    plan = resolve_heads(as_plan(cut if name == "cut" else name, 8), 6, 2, heads="first")
-    state = model.model.language_model.state_dict()
-    state = {f"model.{key}": value for key, value in state.items()}
-    decoder = PlannedDecoder(schedule(plan, 6, 2, 128), slice(3, 39), 6, text, state, torch.float32)
+
+
+def logits_under(plan: VisualPlan, llava, state: dict[str, torch.Tensor], patched) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of text after an image: of the training decoder with `state`'s weights, and of `patched` under the plan."""
+    config = llava.config.text_config
+    work = schedule(plan, config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)
+    decoder = PlannedDecoder(work, slice(3, 39), 6, config, state, torch.float32)
     ids = torch.randint(5, 60, (2, 50))
     ids[:, 3:39] = 4
     pixels = torch.randn(2, 3, 24, 24)
-    with torch.no_grad(), vis_sparse.patched(model, plan):
-        expected = model(input_ids=ids, pixel_values=pixels).logits
-        visual = torch.stack(list(model.get_image_features(pixel_values=pixels).pooler_output))
+    with torch.no_grad():
+        visual = torch.stack(list(llava.get_image_features(pixel_values=pixels).pooler_output))
         embedded = decoder.embeddings[ids].masked_scatter((ids == 4)[..., None], visual)
         visible = torch.ones(2, 1, 50, 50, dtype=torch.bool).tril()
         logits = decoder.logits(decoder(embedded, torch.arange(50).expand(2, -1), visible))
-    torch.testing.assert_close(logits[:, 39:], expected[:, 39:], rtol=1e-4, atol=1e-4)
+        with vis_sparse.patched(patched, plan):
+            return logits[:, 39:], patched(input_ids=ids, pixel_values=pixels).logits[:, 39:]
+
+
+def text_state(llava) -> dict[str, torch.Tensor]:
+    return {f"model.{key}": value for key, value in llava.model.language_model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["dense", "hollow", "yopo-25", "vica", "cut"])
+def test_the_decoder_under_a_plan_is_the_patched_model(name):
+    llava = small_llava()
+    cut = VisualPlan.vtw(8, 3)
+    plan = resolve_heads(as_plan(cut if name == "cut" else name, 8), 6, 2, heads="first")
+    found, expected = logits_under(plan, llava, text_state(llava), llava)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_is_read_as_peft_reads_it(tmp_path):
+    llava = small_llava()
+    plan = resolve_heads(as_plan("yopo-12", 8), 6, 2, heads="first")
+    trained = Decoder(llava.config.text_config, text_state(llava), torch.float32, rank=3)
+    with torch.no_grad():
+        for parameter in trained.lora.values():
+            parameter.normal_(std=0.1)
+    adapter_files.write(tmp_path, trained)
+    added = adapter_files.read(tmp_path)
+    state = {key: smol_files.merged(key, value, added) for key, value in text_state(llava).items()}
+    assert not torch.equal(
+        state["model.layers.7.mlp.down_proj.weight"], text_state(llava)["model.layers.7.mlp.down_proj.weight"]
+    )
+    found, expected = logits_under(plan, llava, state, PeftModel.from_pretrained(llava, tmp_path).eval())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def planned_decoder(plan: VisualPlan) -> PlannedDecoder:

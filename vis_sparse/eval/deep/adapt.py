@@ -7,15 +7,13 @@ FOLDER/adapt-PLAN gets the log, the state, and the adapter in peft's format.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
-from vis_sparse.eval.deep import texts
-from vis_sparse.eval.deep.decoder import LINEARS, SCALE, Decoder, place_of
+from vis_sparse.eval.deep import adapter_files, texts
+from vis_sparse.eval.deep.decoder import Decoder
 from vis_sparse.eval.deep.export import SHIPPED, difference, weights_of
 from vis_sparse.eval.deep.front import planned, resolved, work_of
 from vis_sparse.eval.deep.model import Model, answer_loss
@@ -76,25 +74,7 @@ def train(folder: Path, base: str, name: str, calibration: Path | None, minutes:
     run.save()
     run.log(plan=name, held_out=shares(counted(model, 12)))
     if rank() == 0:
-        write(out / "adapter", model.decoder)
-
-
-def write(folder: Path, decoder: Decoder) -> None:
-    """An adapter for peft: config and fp16 tensors."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for key, tensor in decoder.lora.items():
-        layer, name, side = key.split("-")
-        place = f"base_model.model.model.language_model.layers.{layer}.{place_of(name)}"
-        tensors[f"{place}.lora_{side.upper()}.weight"] = tensor.detach().half().contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_model.safetensors").chmod(0o644)
-    config = {
-        "peft_type": "LORA", "r": decoder.rank, "lora_alpha": int(SCALE * decoder.rank), "lora_dropout": 0.0,
-        "bias": "none", "inference_mode": True, "fan_in_fan_out": False, "base_model_name_or_path": "tiny/smol",
-        "target_modules": rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(LINEARS)})",
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        adapter_files.write(out / "adapter", model.decoder)
 
 
 if __name__ == "__main__":

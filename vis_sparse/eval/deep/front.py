@@ -9,10 +9,11 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from vis_sparse import flops
 from vis_sparse.cost.shape_lookup import load_shape
+from vis_sparse.eval.deep import adapter_files
 from vis_sparse.eval.deep.answers import Answers, answered
 from vis_sparse.eval.deep.export import SHIPPED, weights_of
 from vis_sparse.eval.deep.model import Model
@@ -20,13 +21,14 @@ from vis_sparse.eval.deep.planned import PlannedDecoder
 from vis_sparse.eval.deep.run import gathered, join, rank, world
 from vis_sparse.eval.tiny import checkpoint, model_smol, smollm2
 from vis_sparse.eval.tiny.data import IMAGE_SIZE
+from vis_sparse.eval.tiny.smol_files import merged
 from vis_sparse.plans.budgets import resolve_heads
 from vis_sparse.plans.files import as_plan
 from vis_sparse.plans.plan import VisualPlan
 from vis_sparse.plans.schedule import LayerWork, schedule
 from vis_sparse.plans.scores import Calibration
 
-BLIND, DENSE = "blind", "dense"
+BLIND, DENSE, TRAINED = "blind", "dense", ", trained"
 SAVE_STEPS = 5
 TEXT_BEFORE, TEXT = 24, 40  # tokens of a typical prompt
 
@@ -46,7 +48,7 @@ def work_of(plan: VisualPlan) -> tuple[LayerWork, ...]:
     return schedule(plan, config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)
 
 
-def planned(state: dict[str, torch.Tensor], work: tuple[LayerWork, ...], **options) -> PlannedDecoder:
+def planned(state: dict[str, Tensor], work: tuple[LayerWork, ...], **options) -> PlannedDecoder:
     """A decoder under a plan for sequences about images."""
     start = TEXT_BEFORE
     visual = slice(start, start + model_smol.VISUAL_TOKENS)
@@ -65,13 +67,16 @@ def share_of_flops(plan: VisualPlan) -> float:
 
 
 def front(
-    weights: Mapping[str, torch.Tensor], names: list[str], calibration: Path | None, batches: int, file: Path
+    weights: Mapping[str, Tensor], added: Mapping[str, Tensor], plans: dict[str, VisualPlan], batches: int, file: Path
 ) -> None:
-    """Ask plans the first `batches` batches; answers of plans that `file` has stay, `names` are asked anew."""
+    """Ask plans the first `batches` batches; answers of plans that `file` has stay, `plans` are asked anew.
+
+    added: an adapter's difference to the decoder of all of them.
+    """
     known = Answers.load(file) if file.exists() else Answers("", {}, {})
-    dense = work_of(resolved(DENSE, None))
-    works = {name: work_of(resolved(name, calibration)) for name in names}
-    model = Model(lambda tensors: planned(tensors, dense))
+    dense, names = work_of(resolved(DENSE, None)), list(plans)
+    works = {name: work_of(plan) for name, plan in plans.items()}
+    model = Model(lambda tensors: planned({key: merged(key, value, added) for key, value in tensors.items()}, dense))
     model.load(weights)
     model.decoder.refresh()
     model.decoder.compile_pointwise()
@@ -84,7 +89,7 @@ def front(
         if rank() == 0 and (step % SAVE_STEPS == SAVE_STEPS - 1 or (step + 1) * world() >= batches):
             longest = max(kinds, known.kinds, key=len)
             assert longest.startswith(min(kinds, known.kinds, key=len))
-            shares = {name: round(share_of_flops(resolved(name, calibration)), 4) for name in names}
+            shares = {name: round(share_of_flops(plan), 4) for name, plan in plans.items()}
             Answers(longest, known.right | right, known.visual_flops | shares).save(file)
             print(f"{(step + 1) * world()} of {batches} batches, {len(kinds):,} questions", flush=True)
 
@@ -97,6 +102,9 @@ if __name__ == "__main__":
     parser.add_argument("--calibration", type=Path, metavar="FILE")
     parser.add_argument("--batches", type=int, default=180, help="of all processes; a multiple of their number")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="answers; other plans' stay")
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="for all plans, which are `NAME, trained` then")
     given = parser.parse_args()
     join()
-    front(weights_of(given.out, given.stage), given.plans.split(","), given.calibration, given.batches, given.json)
+    added, ending = ({}, "") if given.adapter is None else (adapter_files.read(given.adapter), TRAINED)
+    plans = {f"{name}{ending}": resolved(name, given.calibration) for name in given.plans.split(",")}
+    front(weights_of(given.out, given.stage), added, plans, given.batches, given.json)
