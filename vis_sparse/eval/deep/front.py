@@ -37,7 +37,7 @@ def resolved(name: str, calibration: Path | None) -> VisualPlan:
     """A plan by name or file, or `BLIND`, with its budgets turned into heads and neurons."""
     config = smollm2.config()
     layers = config.num_hidden_layers
-    plan = VisualPlan.vtw(layers, 0) if name == BLIND else as_plan(name, layers)
+    plan = VisualPlan.vtw(layers, 0).replace(name=BLIND) if name == BLIND else as_plan(name, layers)
     known = None if calibration is None else Calibration.load(calibration)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     return resolve_heads(plan, heads, kv_heads, None if known else "first", calibration=known)
@@ -106,5 +106,6 @@ if __name__ == "__main__":
     given = parser.parse_args()
     join()
     added, ending = ({}, "") if given.adapter is None else (adapter_files.read(given.adapter), TRAINED)
-    plans = {f"{name}{ending}": resolved(name, given.calibration) for name in given.plans.split(",")}
-    front(weights_of(given.out, given.stage), added, plans, given.batches, given.json)
+    plans = [resolved(name, given.calibration) for name in given.plans.split(",")]
+    named = {f"{plan.name}{ending}": plan for plan in plans}
+    front(weights_of(given.out, given.stage), added, named, given.batches, given.json)

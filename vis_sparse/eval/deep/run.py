@@ -1,6 +1,7 @@
 """A training that has a budget of time, may be killed, and is shared by several processes.
 
-Learning rates follow the share of the budget that is spent: the last step has a rate of zero on any machine.
+Learning rates follow the share of the budget that is spent: the last step has a rate of zero on any machine. Time is
+the processor's, of one process: a training that other work crowds out, or that is stopped for a while, loses no steps.
 """
 
 import json
@@ -66,12 +67,12 @@ class Run:
         if distributed.is_initialized():
             for parameter in self.parameters.values():
                 distributed.broadcast(parameter.data, 0)
-        self.started = self.saved = time.monotonic()
+        self.started = self.saved = time.process_time()
         self.progress = self.seconds() / (60 * schedule.minutes)
         self.log(machine=machine())
 
     def seconds(self) -> float:
-        return self.spent_before + time.monotonic() - self.started
+        return self.spent_before + time.process_time() - self.started
 
     @property
     def done(self) -> bool:
@@ -91,7 +92,7 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        if time.monotonic() - self.saved > SAVE_SECONDS:
+        if time.process_time() - self.saved > SAVE_SECONDS:
             self.save()
         return dict(zip(values, means, strict=True)) | {"norm": norm.item()}
 
@@ -110,7 +111,7 @@ class Run:
         return numbers.tolist()
 
     def save(self) -> None:
-        self.saved = time.monotonic()
+        self.saved = time.process_time()
         if rank() != 0:
             return
         tensors = {}
