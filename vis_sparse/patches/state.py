@@ -41,6 +41,7 @@ from ..plans.measured import MeasuredPlan
 from ..plans.plan import VisualPlan
 from . import stand_ins
 from .arguments import Asked, added_rows, check_arguments, check_mask, host_mask, planes, wants_hidden
+from .before import tokens_of_call
 from .errors import PatchError
 from .family import Family, Running
 from .saving import save_pretrained
@@ -285,6 +286,9 @@ class PatchState:
         cos, sin = self.text_model.rotary_emb(inputs_embeds, position_ids=planes(config, position_ids))
         collected = [] if wants_hidden(config, kwargs) else None
         added = added_rows(kwargs.get("deepstack_visual_embeds"), layout, inputs_embeds)
+        if executor.plan.before is not None and layout.segments:
+            asked = asked._replace(kept=self._kept(asked, inputs_embeds))
+            added = added if asked.kept is None else [rows[asked.kept] for rows in added]
         rows, replays = (inputs_embeds, cos, sin), collected is None and self._replays(asked, inputs_embeds.device)
         if replays and asked.is_step:
             hidden = self.graphs[name][0].step(cache_layers(past_key_values), asked.bound, rows, asked.mask)
@@ -298,6 +302,12 @@ class PatchState:
         collected = None if collected is None else (*collected, hidden)
         output = output_of(hidden, past_key_values, collected)
         return output.to_tuple() if kwargs.get("return_dict") is False else output
+
+    def _kept(self, asked: Asked, embeds: torch.Tensor) -> np.ndarray | None:
+        """The packed visual rows of a call that come into the decoder; None for all."""
+        said = {} if self.running is None else self.running.said
+        ends = self.prompt_ends(asked.layout.batch_size)
+        return tokens_of_call(self.plans[asked.name].before, asked, embeds, said, ends)
 
     def _replays(self, asked: Asked, device: torch.device) -> bool:
         """Whether a call on a device may run as a graph: decode steps, and prompts whose tables know no values."""
@@ -331,7 +341,7 @@ class PatchState:
         if asked.capacity is not None:
             for layer in layers:
                 layer.fix(asked.capacity)
-        return hidden, call.packing
+        return hidden, call.packing if asked.is_step else call.in_sequence
 
     def _takes_step(self, cache) -> bool:
         """Whether a call of one column on a static cache is a decode step, told without a look at how full it is."""
@@ -363,7 +373,7 @@ class PatchState:
             return executor.step(layers, mask, device), layers
         layers = None if cache is None else self._cache_layers(name, cache, batch, past, mask)
         ends = self.prompt_ends(batch) if executor.ranks_by_text and layout.segments else None
-        tables = (None if table is None else table.tobytes() for table in (mask, ends))
+        tables = (None if table is None else table.tobytes() for table in (mask, ends, asked.kept))
         key = None if past else (name, layout, length, device, general, *tables)
         call = None if key is None else self.kept_calls.get(key)
         if call is None:
@@ -371,9 +381,13 @@ class PatchState:
             packing = pack(layout, length, past, own, bucket if general else None)
             ranks = None if ends is None else ranking_rows(packing, ends)
             executor.check(packing, ranks)
+            packing = packing if asked.kept is None else packing.keep(asked.kept)
             book = layers[0].book if layers else executor.new_cache_layers(batch)[0].book
             book.append(packing.slots(), length)
-            call = Call.over(packing, book, mask, device, ranks, general)
+            if asked.kept is None:
+                call = Call.over(packing, book, mask, device, ranks, general)
+            else:
+                call = Call.over_left(packing, book, mask, device, ranks)
             if key is not None:
                 self.kept_calls.keep(key, call)
         elif layers is not None:
