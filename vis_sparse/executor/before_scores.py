@@ -67,19 +67,20 @@ def token_patches(rows: TowerRows, merge: int) -> np.ndarray:
 
 
 def distinct(pixels: torch.Tensor, rows: TowerRows, patches: np.ndarray, merge: int, tolerance: float) -> np.ndarray:
-    """(tokens,) bool: tokens that differ from that to the left and from that above, or have neither, by more than
-    `tolerance` in some value.
+    """(tokens,) bool: tokens whose pixels are not those of the token to the left and of the one above, or that have no
+    such two. The others lie inside an area of which its upper and left rim stay.
 
-    pixels: (tokens, values). patches: `token_patches` of the rows.
+    pixels: (tokens, values); they are the same if no value differs by more than `tolerance`. patches: `token_patches`
+    of the rows.
     """
     first = patches[:, 0]
     image, y, x = rows.sequence[first], rows.y[first] // merge, rows.x[first] // merge
     width = np.zeros(image.max(initial=-1) + 1, dtype=np.int64)
     np.maximum.at(width, image, x + 1)
+    inside = np.flatnonzero((y > 0) & (x > 0))
+    three = inside, inside - 1, inside - width[image[inside]]
+    own, left, above = (pixels[torch.from_numpy(index).to(pixels.device)] for index in three)
+    alike = ((own - left).abs().amax(-1) <= tolerance) & ((own - above).abs().amax(-1) <= tolerance)
     stays = np.ones(len(first), dtype=bool)
-    for place, step in ((x, np.ones_like(x)), (y, width[image])):
-        own = np.flatnonzero(place > 0)
-        pair = torch.from_numpy(np.stack([own, own - step[own]])).to(pixels.device)
-        alike = (pixels[pair[0]] - pixels[pair[1]]).abs().amax(-1) <= tolerance
-        stays[own[alike.cpu().numpy()]] = False
+    stays[inside[alike.cpu().numpy()]] = False
     return stays

@@ -22,7 +22,8 @@ class TokensBefore:
     the prompt's text attracts (CDPruner's). "change", of each video, its first frame and then the tokens that differ
     most from those in their places one frame before (EVS's); images stay whole. "stride", whole rows and columns of
     each grid at regular steps. "duplicate", tokens whose pixels all lie within `tolerance` (in units of what the tower
-    is given) of those of the token to the left or above leave before the tower; pixels decide how many.
+    is given) of those of the token to the left, and of those of the one above, leave before the tower; pixels decide
+    how many.
     """
 
     by: str
