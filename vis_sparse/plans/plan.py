@@ -315,7 +315,7 @@ def _checked_before(before, semantics: str) -> TokensBefore | None:
         return None
     if semantics == "zero":
         raise PlanError(
-            f"before: got {brief(before.to_data())} under semantics 'zero', expected 'exclude' (in the official "
+            f"before: got {before.to_data()} under semantics 'zero', expected 'exclude' (in the official "
             "arithmetic every visual row goes on to the end)"
         )
     return before
