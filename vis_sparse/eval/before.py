@@ -7,7 +7,6 @@ which is what greedy `generate` gives.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +48,7 @@ def plans(layers: int) -> dict[str, VisualPlan]:
 
 
 @torch.no_grad()
-def ask(model: nn.Module, plan: VisualPlan, samples: dict[str, list[dict]], on_step: Callable[[], None]) -> Asked:
+def ask(model: nn.Module, plan: VisualPlan, samples: dict[str, list[dict]]) -> Asked:
     """samples: by kind, as `encode` makes them."""
     right, entered, work = {}, [], []
     shape, dense = shape_of(model), VisualPlan.dense(plan.num_layers)
@@ -64,7 +63,6 @@ def ask(model: nn.Module, plan: VisualPlan, samples: dict[str, list[dict]], on_s
                 entered.append(call.entered / call.layout.num_visual)
                 settings = {"layout": call.layout, "text_tokens": call.text_length, "duplicates": 1 - entered[-1]}
                 work.append(flops(shape, plan, **settings).total / flops(shape, dense, **settings).total)
-                on_step()
             right[kind] = sum(found) / len(found)
     return Asked(right, sum(entered) / len(entered), sum(work) / len(work))
 
@@ -94,16 +92,12 @@ def main() -> None:
             ]
             for kind in kinds_of(family)
         }
-        named, done = plans(model.config.text_config.num_hidden_layers), 0
-        total = len(named) * sum(map(len, samples.values()))
+        named, answered = plans(model.config.text_config.num_hidden_layers), {}
         with progress(name) as step:
-
-            def on_step() -> None:
-                nonlocal done
-                done += 1
-                step(done, total)
-
-            print(f"{name}\n\n{table({plan: ask(model, each, samples, on_step) for plan, each in named.items()})}\n")
+            for plan in named:
+                answered[plan] = ask(model, named[plan], samples)
+                step(len(answered), len(named))
+        print(f"{name}\n\n{table(answered)}\n", flush=True)
 
 
 if __name__ == "__main__":
