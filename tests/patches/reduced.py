@@ -77,13 +77,16 @@ def greedy(model, call: Taken, visual: torch.Tensor, steps: int) -> torch.Tensor
     for _ in range(steps):
         tokens = logits(model, call, visual)[:, -1].argmax(-1)
         found.append(tokens)
-        embeds = model.get_input_embeddings()(tokens)[:, None]
-        # text goes on one behind the last position, in every plane
-        call = Taken(
-            torch.cat([call.embeds, embeds], 1),
-            torch.cat([call.mask, torch.ones_like(call.mask[:, :1])], 1),
-            torch.cat([call.positions, call.positions[:, :, -1:] + 1], 2),
-            call.deepstack,
-        )
+        call = with_token(model, call, tokens)
         visual = torch.cat([visual, torch.zeros_like(visual[:, :1])], 1)
     return torch.stack(found, 1)
+
+
+def with_token(model, call: Taken, tokens: torch.Tensor) -> Taken:
+    """The call with a token of text more in every sample, (batch,): one behind the last position, in every plane."""
+    return Taken(
+        torch.cat([call.embeds, model.get_input_embeddings()(tokens)[:, None]], 1),
+        torch.cat([call.mask, torch.ones_like(call.mask[:, :1])], 1),
+        torch.cat([call.positions, call.positions[:, :, -1:] + 1], 2),
+        call.deepstack,
+    )

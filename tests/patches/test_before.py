@@ -1,5 +1,7 @@
 """Tokens before the decoder in whole models: the unpatched decoder on the sequence without those that left."""
 
+import copy
+import re
 
 import numpy as np
 import pytest
@@ -7,11 +9,14 @@ import torch
 from transformers.vision_utils import get_vision_window_index
 
 import vis_sparse
-from vis_sparse import LayerPlan, TokensBefore, VisualPlan
+from vis_sparse import LayerPlan, LayoutError, Neighborhood, PatchError, TokenBudget, TokensBefore, VisualPlan
 from vis_sparse.executor.before_scores import relevance
 from vis_sparse.executor.tokens import entering
 from vis_sparse.layout.packing import visual_coordinates
+from vis_sparse.serving.errors import ServingError
+from vis_sparse.serving.kinds import layer_kinds
 
+from ..models import IMAGE, make_batch, make_model, run
 from . import reduced
 from .cases import CASES, LAYERS
 from .scenarios import SCENARIOS, make_request
@@ -191,3 +196,163 @@ def test_the_decoder_is_the_unpatched_one_on_what_is_left(name, by):
             assert torch.equal(tokens, reduced.greedy(reference, left, visual_left, 4))
         vis_sparse.unpatch(model)
         assert torch.equal(model(**inputs).logits, reference(**inputs).logits)
+
+
+@pytest.mark.parametrize("by", ["received", "duplicate"])
+@pytest.mark.parametrize("name", ["Llava", "Qwen2VL"])
+@torch.no_grad()
+def test_beams_repeat_what_the_tower_said(name, by):
+    """Beams, and several answers, of samples with other numbers of images: each score is the reduced sequence's."""
+    case, beams = NAMES[name], 2
+    model, reference = (case.build(torch.float64) for _ in range(2))
+    inputs = flattened(make_request(case, SCENARIOS["mixed batch"], torch.float64).inputs)
+    vis_sparse.patch(model, before_of(by))
+    call = reduced.taken(model, inputs)
+    stays, visual = stays_of(model, inputs)
+    settings = dict(num_beams=beams, num_return_sequences=beams, length_penalty=0.0, max_new_tokens=3, do_sample=False)
+    out = model.generate(**inputs, **settings, return_dict_in_generate=True, output_scores=True)
+    tokens = out.sequences[:, -3:]
+    left = reduced.without(call, stays, visual)
+    shown = reduced.without(reduced.Taken(visual[..., None].double(), call.mask, call.positions, []), stays, visual)
+    scores = torch.zeros(len(tokens), dtype=torch.float64)
+    repeated = reduced.Taken(
+        left.embeds.repeat_interleave(beams, 0),
+        left.mask.repeat_interleave(beams, 0),
+        left.positions.repeat_interleave(beams, 1),
+        left.deepstack,
+    )
+    visual = shown.embeds[..., 0].bool().repeat_interleave(beams, 0)
+    for step in range(3):
+        logits = reduced.logits(reference, repeated, visual)[:, -1].log_softmax(-1)
+        scores += logits.gather(-1, tokens[:, step, None])[:, 0]
+        repeated = reduced.with_token(reference, repeated, tokens[:, step])
+        visual = torch.cat([visual, torch.zeros_like(visual[:, :1])], 1)
+    torch.testing.assert_close(out.sequences_scores.double(), scores, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_images_and_videos_in_one_call_are_told_apart():
+    """The tower says what images received, then videos; samples have them in any order."""
+    case = NAMES["Qwen2VL"]
+    model, reference = (case.build(torch.float64) for _ in range(2))
+    inputs = make_request(case, SCENARIOS["video"], torch.float64).inputs
+    vis_sparse.patch(model, before_of("received"))
+    model(**inputs)
+    stays, visual = stays_of(model, inputs)
+    said = {
+        "image": received_unpatched(reference, inputs),
+        "video": received_unpatched(
+            reference, dict(pixel_values=inputs["pixel_values_videos"], image_grid_thw=inputs["video_grid_thw"])
+        ),
+    }
+    for name, token in (("image", "image_token_id"), ("video", "video_token_id")):
+        columns = inputs["input_ids"] == getattr(model.config, token)
+        assert columns.any()
+        found = torch.zeros(columns.shape, dtype=torch.float64)
+        found[columns] = torch.from_numpy(said[name])
+        packing = model.model._vis_sparse.last_prompt[1]
+        for segment in packing.layout.segments:
+            own = slice(segment.start, segment.end)
+            if columns[segment.sample, own].all():
+                count = EVERY["received"].count(segment.size)
+                best = found[segment.sample, own].argsort(descending=True, stable=True)[:count]
+                assert stays[segment.sample, own].nonzero()[:, 0].tolist() == sorted(best.tolist())
+
+
+@torch.no_grad()
+def test_plans_by_name_choose_each_for_itself(tmp_path):
+    """Tokens before the decoder, a section of the tower and layers of the decoder in one plan; saved and loaded."""
+    case = NAMES["Llava"]
+    model, reference = (case.build(torch.float32) for _ in range(2))
+    inputs = make_request(case, SCENARIOS["two images"], torch.float32).inputs
+    near = LayerPlan(attention=Neighborhood(1, "both"), heads=(True, False) * 4, ffn=0.5)
+    tower = VisualPlan((LayerPlan(ffn=0.5),) * 2, "tower")
+    plans = {
+        "dense": VisualPlan.dense(LAYERS),
+        "all": before_of("received", (near, LayerPlan(tokens=TokenBudget(0.5)), near), tower),
+        "stride": before_of("stride"),
+    }
+    expected = reference.generate(**inputs, max_new_tokens=3, do_sample=False)
+    vis_sparse.patch(model, plans)
+    answer = model.generate(**inputs, max_new_tokens=3, do_sample=False, vis_sparse_plan="dense")
+    assert torch.equal(answer, expected)
+    model.generate(**inputs, max_new_tokens=3, do_sample=False, vis_sparse_plan="all")
+    assert vis_sparse.inspect(model)["plan"] == plans["all"]
+    logits = {}
+    for name in plans:
+        with vis_sparse.use_plan(model, name):
+            logits[name] = model(**inputs).logits
+    assert vis_sparse.inspect(model)["plan"].before == EVERY["stride"]
+    model.save_pretrained(tmp_path)
+    loaded = vis_sparse.from_pretrained(tmp_path, dtype=torch.float32)
+    assert vis_sparse.inspect(loaded)["plans"] == vis_sparse.inspect(model)["plans"]
+    twin = copy.deepcopy(model)
+    for other in (loaded.eval(), twin):
+        for name in plans:
+            with vis_sparse.use_plan(other, name):
+                assert torch.equal(other(**inputs).logits, logits[name])
+
+
+@torch.no_grad()
+def test_inspect_counts_what_came_in():
+    case = NAMES["Llava"]
+    model = case.build(torch.float32)
+    inputs = flattened(make_request(case, SCENARIOS["two images"], torch.float32).inputs)
+    vis_sparse.patch(model, before_of("duplicate"))
+    model(**inputs)
+    seen = vis_sparse.inspect(model)
+    # of two pictures of 4 x 4 one is flat: its first row and column stay
+    assert (seen["last_call"].layout.num_visual, seen["last_call"].entered) == (32, 7 + 16)
+    settings = dict(layout=seen["last_call"].layout, text_tokens=6)
+    whole = vis_sparse.flops(model, "dense", **settings)
+    assert seen["flops"] < whole.total == seen["flops_dense"]
+    told = vis_sparse.flops(model, before_of("duplicate"), **settings, duplicates=9 / 32)
+    assert told.visual_left[0] == 2 * int(16 * 23 / 32)
+    assert seen["flops"] == told.total
+
+
+@torch.no_grad()
+def test_pixels_within_the_tolerance_are_the_same():
+    model = make_model("llama-gqa", dtype=torch.float32)
+    batch = make_batch(model, [(5, IMAGE, 4)])
+    batch.pixel_values[:] = 1.0
+    batch.pixel_values[..., ::7, :] += 0.1  # every patch has such rows of pixels: none differs from another
+    batch.pixel_values[..., :7] += 0.25
+    entered = {}
+    for tolerance in (0.0, 0.2, 0.3):
+        before = TokensBefore("duplicate", tolerance=tolerance)
+        vis_sparse.patch(model, VisualPlan.dense(LAYERS).replace(before=before))
+        run(model, batch)
+        entered[tolerance] = vis_sparse.inspect(model)["last_call"].entered
+    # the second column differs from the first
+    assert entered == {0.0: 10, 0.2: 10, 0.3: 7}
+
+
+@pytest.mark.parametrize(("name", "by"), [(name, by) for by, names in _NOT.items() for name in names])
+def test_orders_that_a_family_does_not_have_are_refused(name, by):
+    model = NAMES[name].build(torch.float32)
+    before = dict(vars(model.model))
+    message = f"plan {by!r}: before.by: got {by} for {type(model).__name__}, expected another order: "
+    with pytest.raises(PatchError, match=re.escape(message)):
+        vis_sparse.patch(model, before_of(by))
+    assert vars(model.model).keys() == before.keys()
+
+
+def test_kept_class_tokens_lie_in_no_grid_of_the_tower():
+    case = NAMES["Llava"]
+    model = case.build(torch.float32)
+    inputs = make_request(case, SCENARIOS["prefill"], torch.float32).inputs
+    ids = inputs["input_ids"]
+    at = int((ids[0] == case.placeholders[0]).nonzero()[0])
+    ids = torch.cat([ids[:, :at], ids[:, at : at + 1], ids[:, at:]], 1)
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    vis_sparse.patch(model, before_of("received"))
+    message = "before: got 16 tokens of the vision tower for 17 image tokens, expected those of the call's own pixels"
+    with pytest.raises(LayoutError, match=re.escape(message)):
+        model(**inputs, vision_feature_select_strategy="full")
+
+
+def test_an_engine_refuses_them_with_a_reason():
+    for by in EVERY:
+        with pytest.raises(ServingError, match=f"plan '{by}': before: got .*{by}.*, expected all tokens"):
+            layer_kinds([before_of(by)], 8, 2, 48)
