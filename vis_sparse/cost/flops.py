@@ -103,6 +103,8 @@ def flops(
             prefill = dataclasses.replace(prefill, **_apart(shape, plan, encoded, duplicates))
             grids = [grid for image in encoded for grid in image.sequences]
             tower_rows = sum(height * width + shape.vision.class_token for height, width in grids)
+            if plan.before is not None and plan.before.by == "duplicate":
+                tower_rows = int(tower_rows * (1 - duplicates))
         prefill = dataclasses.replace(prefill, choosing=_choosing(shape, plan, layout))
     work = schedule(plan, shape.heads, shape.kv_heads, shape.ffn)
     by_layer = tokens_by_layer((item.tokens for item in work), layout, text_tokens, coming)

@@ -52,7 +52,6 @@ def say(values: np.ndarray) -> None:
         said.append(values)
 
 
-@torch.compiler.disable
 def tokens_of_call(
     before: TokensBefore, asked: Asked, embeds: torch.Tensor, said: Mapping[str, np.ndarray], ends: np.ndarray | None
 ) -> np.ndarray | None:

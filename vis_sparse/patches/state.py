@@ -287,8 +287,7 @@ class PatchState:
         collected = [] if wants_hidden(config, kwargs) else None
         added = added_rows(kwargs.get("deepstack_visual_embeds"), layout, inputs_embeds)
         if executor.plan.before is not None and layout.segments:
-            asked = asked._replace(kept=self._kept(asked, inputs_embeds))
-            added = added if asked.kept is None else [rows[asked.kept] for rows in added]
+            asked, added = self._taking_in(asked, inputs_embeds, added)
         rows, replays = (inputs_embeds, cos, sin), collected is None and self._replays(asked, inputs_embeds.device)
         if replays and asked.is_step:
             hidden = self.graphs[name][0].step(cache_layers(past_key_values), asked.bound, rows, asked.mask)
@@ -303,11 +302,16 @@ class PatchState:
         output = output_of(hidden, past_key_values, collected)
         return output.to_tuple() if kwargs.get("return_dict") is False else output
 
-    def _kept(self, asked: Asked, embeds: torch.Tensor) -> np.ndarray | None:
-        """The packed visual rows of a call that come into the decoder; None for all."""
+    @torch.compiler.disable
+    def _taking_in(self, asked: Asked, embeds: torch.Tensor, added: list) -> tuple[Asked, list]:
+        """A call whose plan says which visual tokens come in, with those, and what is added to their rows."""
         said = {} if self.running is None else self.running.said
         ends = self.prompt_ends(asked.layout.batch_size)
-        return tokens_of_call(self.plans[asked.name].before, asked, embeds, said, ends)
+        kept = tokens_of_call(self.plans[asked.name].before, asked, embeds, said, ends)
+        if kept is None:
+            return asked, added
+        rows = torch.from_numpy(kept).to(embeds.device)
+        return asked._replace(kept=kept), [each.index_select(0, rows) for each in added]
 
     def _replays(self, asked: Asked, device: torch.device) -> bool:
         """Whether a call on a device may run as a graph: decode steps, and prompts whose tables know no values."""
