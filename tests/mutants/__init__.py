@@ -5,4 +5,5 @@ When code moves, its mutants move with it: `tests/test_mutants.py` holds that ea
 
 from . import before, executor_caches, executor_lanes, layout, patches, serving
 
-MUTANTS = tuple(mutant for of in (before, executor_caches, executor_lanes, layout, patches, serving) for mutant in of.MUTANTS)
+_PARTS = (before, executor_caches, executor_lanes, layout, patches, serving)
+MUTANTS = tuple(mutant for part in _PARTS for mutant in part.MUTANTS)

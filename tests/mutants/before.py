@@ -5,7 +5,6 @@ from .mutant import mutants
 SCORES, TOKENS, CALL = "executor/before_scores.py", "executor/tokens.py", "executor/call.py"
 BEFORE, TOWER, TABLES = "patches/before.py", "patches/tower_patch.py", "executor/tower_tables.py"
 
-WHOLE = "patches/test_before.py::test_the_decoder_is_the_unpatched_one_on_what_is_left"
 LANES = "executor/test_before_lanes.py::test_plans_are_the_oracle"
 
 MUTANTS = mutants((
@@ -80,7 +79,7 @@ MUTANTS = mutants((
         "duplicates run in the tower", TOWER,
         "return tables if stays.all() else tables.only(patches[stays].ravel())",
         "return tables",
-        f"{WHOLE}[Qwen2VL-duplicate]",
+        "patches/test_before.py::test_duplicates_leave_before_the_tower",
     ),
     (
         "received from all patches where there is a class token", TABLES,

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.vision_utils import get_vision_window_index
 
 import vis_sparse
@@ -309,6 +310,22 @@ def test_inspect_counts_what_came_in():
     told = vis_sparse.flops(model, before_of("duplicate"), **settings, duplicates=9 / 32)
     assert told.visual_left[0] == 2 * int(16 * 23 / 32)
     assert seen["flops"] == told.total
+
+
+@torch.no_grad()
+def test_duplicates_leave_before_the_tower():
+    """Of two pictures of 4 x 4 patches one is flat, of which 7 stay; a class token goes with each."""
+    case = NAMES["Llava"]
+    model = case.build(torch.float32)
+    inputs = make_request(case, SCENARIOS["two images"], torch.float32).inputs
+    vis_sparse.patch(model, before_of("duplicate"))
+    work = []
+    for pixels in (inputs["pixel_values"], flattened(inputs)["pixel_values"]):
+        with FlopCounterMode(display=False) as counter:
+            model.model.get_image_features(pixels)
+        work.append(counter.get_total_flops())
+    layer = 2 * (4 * 32 * 32 + 2 * 32 * 32)  # of each row; torch counts no scores on a CPU
+    assert work[0] - work[1] == 9 * layer, "one layer is read"
 
 
 @torch.no_grad()
