@@ -132,8 +132,9 @@ def received_unpatched(model, inputs: dict) -> np.ndarray:
         if not hasattr(model.config, "downsample_ratio"):
             return of_patches.flatten().numpy()
         return of_patches.view(-1, 2, 2, 2, 2).mean((2, 4)).flatten().numpy()
-    # the last layer is whole: one call an image
-    of_rows = torch.cat([weights[0].mean(0) for weights in seen[-len(inputs["image_grid_thw"]) :]])
+    # the last layer is whole: one call a frame
+    frames = int(inputs["image_grid_thw"][:, 0].sum())
+    of_rows = torch.cat([weights[0].mean(0) for weights in seen[-frames:]])
     of_tokens = of_rows.view(-1, 4).mean(1)
     if hasattr(model.model.visual, "window_size"):
         sizes = inputs["image_grid_thw"], 2, model.model.visual.window_size, model.model.visual.patch_size

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 from torch import nn
@@ -39,7 +38,7 @@ def family(
     check: Callable[[nn.Module], None] = fits,
     towers: tuple[TowerKind, ...] = (),
     merge: Callable[[nn.Module], int] = one,
-    not_before: Mapping[str, str] = MappingProxyType({}),
+    not_before: Mapping[str, str] | None = None,
     **visuals: Visual,
 ) -> Family:
     """The family of `classes` with its modalities by transformers' names: image=, video=.
@@ -49,7 +48,7 @@ def family(
     methods = {
         f"get_{name}_features": functools.partial(_note, visual, name) for name, visual in visuals.items()
     }
-    of_class = {"check": check, "towers": towers, "merge": merge, "not_before": not_before}
+    of_class = {"check": check, "towers": towers, "merge": merge, "not_before": not_before or {}}
     return Family(classes, functools.partial(_read_layout, visuals), methods, **of_class)
 
 
