@@ -58,6 +58,12 @@ MUTANTS = mutants((
         "executor/test_before_lanes.py::test_a_kept_cache_goes_on_and_its_bytes_are_the_counted_ones",
     ),
     (
+        "tables of other tokens", "patches/state.py",
+        "for table in (mask, ends, asked.kept))",
+        "for table in (mask, ends))",
+        "executor/test_before_lanes.py::test_layouts_that_repeat_keep_their_tables_by_what_stays",
+    ),
+    (
         "answers have a say", BEFORE,
         "is_text &= columns < ends[:, None]",
         "pass",
