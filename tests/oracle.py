@@ -197,13 +197,14 @@ def on_sub_grid(keep: float, grid: Grid, sample: int, column: int) -> bool:
 
 
 def hidden_states(
-    text, plan, layout, embeds, attention_mask=None, position_ids=None, added=(), cuts=()
+    text, plan, layout, embeds, attention_mask=None, position_ids=None, added=(), cuts=(), came=None
 ) -> list[torch.Tensor]:
     """[inputs, output of layer 0, ..., output of the last layer after the final norm], each (batch, length, width).
 
     text: an unpatched transformers text model of the Llama kind. attention_mask: (batch, length), 1 = real token.
     added: for each of the first layers, what is added to its output at visual tokens (DeepStack), in sequence order.
-    cuts: columns between two calls. Rows that left keep the value that they had then.
+    cuts: columns between two calls. came: (batch, length) bool, the columns that come into the first layer; None: all.
+    Rows that left keep the value that they had then.
     """
     if attention_mask is None:
         attention_mask = torch.ones(embeds.shape[:2], dtype=torch.long)
@@ -212,7 +213,7 @@ def hidden_states(
     x = embeds.double()
     grid, real = grid_of(layout, x.shape[1]), attention_mask.bool()
     rotary = text.rotary_emb(x, position_ids)
-    states, alive = [x], torch.ones_like(real)
+    states, alive = [x], torch.ones_like(real) if came is None else came
     ends = [*[cut for cut in cuts if cut < x.shape[1]], x.shape[1]]
     calls = list(zip([0, *ends], ends))
     for index, (layer, module) in enumerate(zip(plan.layers, text.layers, strict=True)):
@@ -230,10 +231,12 @@ def hidden_states(
     return states
 
 
-def logits(model, plan, layout, embeds, attention_mask=None, position_ids=None, added=(), cuts=()) -> torch.Tensor:
+def logits(
+    model, plan, layout, embeds, attention_mask=None, position_ids=None, added=(), cuts=(), came=None
+) -> torch.Tensor:
     """Logits of all rows of a (never patched) LLaVA-like `model`."""
     text = model.model.language_model
-    states = hidden_states(text, plan, layout, embeds, attention_mask, position_ids, added, cuts)
+    states = hidden_states(text, plan, layout, embeds, attention_mask, position_ids, added, cuts, came)
     return _linear(model.lm_head, states[-1])
 
 

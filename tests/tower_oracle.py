@@ -55,6 +55,13 @@ def read_by(plan: LayerPlan, places: Places, heads: torch.Tensor, alive: torch.T
 
 def attention(block, names, plan: LayerPlan, h, places: Places, alive, rotary) -> torch.Tensor:
     module = names.attention(block)
+    value, weights = weighted(block, names, plan, h, places, alive, rotary)
+    return names.output(module)(torch.einsum("hqk,khd->qhd", weights, value).flatten(1))
+
+
+def weighted(block, names, plan: LayerPlan, h, places: Places, alive, rotary) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values (rows, heads, head_dim), and the weights that each query gives each key, (heads, query, key)."""
+    module = names.attention(block)
     count, width = module.num_heads, module.head_dim
     heads = torch.ones(count, dtype=torch.bool) if plan.heads is None else torch.tensor(plan.heads)
     query, key, value = names.projected(module, h)
@@ -66,8 +73,19 @@ def attention(block, names, plan: LayerPlan, h, places: Places, alive, rotary) -
         )
     allowed = read_by(plan, places, heads, alive)
     scores = torch.einsum("qhd,khd->hqk", query, key) * width**-0.5
-    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1).nan_to_num(0.0)  # a patch in an inactive head
-    return names.output(module)(torch.einsum("hqk,khd->qhd", weights, value).flatten(1))
+    return value, scores.masked_fill(~allowed, float("-inf")).softmax(-1).nan_to_num(0.0)  # a patch in an inactive head
+
+
+def received(block, names, x, places: Places, alive, rotary) -> torch.Tensor:
+    """(rows,) what each row gets in a whole layer of the attention of its part's global tokens, or else of its part's
+    rows, the mean."""
+    _, weights = weighted(block, names, LayerPlan(), names.norms(block)[0](x), places, alive, rotary)
+    found = torch.zeros(len(x), dtype=x.dtype)
+    for part in places.part.unique():
+        own = (places.part == part) & alive
+        asking = own & ~places.is_patch if (~places.is_patch).any() else own
+        found[own] = weights.mean(0)[asking][:, own].mean(0)
+    return found
 
 
 def feed_forward(block, names, plan: LayerPlan, h, is_patch) -> torch.Tensor:
@@ -113,9 +131,11 @@ def kept(plan: LayerPlan, index: int, x, places: Places, alive) -> torch.Tensor:
     return alive
 
 
-def states(blocks, names, plans, hidden, places: Places, windows: Places | None, rotary, is_windowed=()) -> list:
+def states(
+    blocks, names, plans, hidden, places: Places, windows: Places | None, rotary, is_windowed=(), alive=None
+) -> list:
     """What goes into the first layer and what comes out of each, (rows, hidden), in the rows' own order."""
-    found, alive = [hidden], torch.ones(len(hidden), dtype=torch.bool)
+    found, alive = [hidden], torch.ones(len(hidden), dtype=torch.bool) if alive is None else alive
     for index, (block, plan) in enumerate(zip(blocks, plans, strict=True)):
         parts = windows if is_windowed and is_windowed[index] else places
         found.append(layer(block, names, plan, found[-1], parts, alive, rotary))

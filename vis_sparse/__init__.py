@@ -11,6 +11,7 @@ _EXPORTS = {
     "PlanError": "plans.layer_plan",
     "HeadBudget": "plans.layer_plan",
     "TokenBudget": "plans.layer_plan",
+    "TokensBefore": "plans.before",
     "PlanRecipe": "plans.plan",
     "load_plan": "plans.files",
     "plan_names": "plans.files",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:  # what type checkers and editors see: the same names, with th
     from .patches import use_prompt as use_prompt
     from .patches.errors import PatchError as PatchError
     from .patches.original_llava import released_plan as released_plan
+    from .plans.before import TokensBefore as TokensBefore
     from .plans.budgets import load_heads as load_heads
     from .plans.files import load_plan as load_plan
     from .plans.files import plan_names as plan_names

@@ -152,6 +152,28 @@ def test_a_tower_section_is_drawn_and_counted(tmp_path):
     assert read_json("plan", "show", "vica")["tower"] is None
 
 
+def test_tokens_before_the_decoder_are_drawn_and_counted(tmp_path):
+    paths = {}
+    for name, before in (("half", "{keep: 0.5, by: received}"), ("flat", "{by: duplicate}")):
+        paths[name] = tmp_path / f"{name}.yaml"
+        paths[name].write_text(f"name: {name}\nbefore: {before}\n")
+    printed = " ".join(run("plan", "show", paths["half"]).stdout.split())
+    assert "Before the decoder, 50% by received: 288 of 576 visual tokens come into the first layer" in printed
+    assert "duplicates of their neighbours leave: how many, pixels decide" in " ".join(
+        run("plan", "show", paths["flat"]).stdout.split()
+    )
+    data = read_json("plan", "show", paths["half"])
+    assert data["before"] == {"keep": 0.5, "by": "received"}
+    assert {row["visual_tokens"] for row in data["layers"]} == {288}
+    assert read_json("plan", "show", "vica")["before"] is None
+    told = ("flops", "--plan", f"{paths['half']},{paths['flat']}", "--duplicates", 0.5)
+    half, flat = read_json(*told)["plans"]
+    assert half["total"] == flat["total"]
+    assert flat["prefill"]["vision_tower"] < half["prefill"]["vision_tower"]
+    result = run("flops", "--plan", paths["flat"], "--duplicates", 1)
+    assert result.exit_code and "duplicates: got 1.0, expected a share in [0, 1)" in result.stderr
+
+
 def test_flops_of_one_plan_by_part_and_by_layer():
     printed = run("flops", "--plan", "yopo-25").stdout
     assert rows(printed, {"ffn"}) == [["ffn", "1.169", "T", "554.1", "G", "5.541", "T", "8.657", "G"]]

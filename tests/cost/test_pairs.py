@@ -78,7 +78,7 @@ def brute_scores(plan, layout, text):
     zero, layers = plan.semantics == "zero", []
     left = [
         set(zip(t.sample.tolist(), t.column.tolist()))
-        for t in left_by_layer([each.tokens for each in plan.layers], layout)
+        for t in left_by_layer([each.tokens for each in plan.layers], visual_coordinates(layout))
     ]
     for index, layer in enumerate(plan.layers):
         alive = (

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import vis_sparse
+from vis_sparse.plans.before import TokensBefore
 from vis_sparse.plans.layer_plan import LayerPlan, Neighborhood
 from vis_sparse.plans.plan import VisualPlan
 
@@ -43,10 +44,12 @@ def test_lanes_trace_in_one_graph(plan):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("before", [None, TokensBefore("relevance", 0.5), TokensBefore("received", 0.5)])
 @torch.no_grad()
-def test_compiled_model_under_which_tokens_leave():
+def test_compiled_model_under_which_tokens_leave(before):
     """Its layers run uncompiled: their rows depend on values."""
-    model = vis_sparse.patch(deep_model(LAYERS, torch.float32), VisualPlan.pyramiddrop(LAYERS, stages=3))
+    plan = VisualPlan.pyramiddrop(LAYERS, stages=3).replace(before=before)
+    model = vis_sparse.patch(deep_model(LAYERS, torch.float32), plan)
     compiled = torch.compile(model, backend="aot_eager")
     for seed in (1, 2):
         inputs = make_batch(deep_model(LAYERS), [(5, IMAGE, 4)], seed=seed).by_ids()

@@ -3,6 +3,7 @@
 When code moves, its mutants move with it: `tests/test_mutants.py` holds that each still applies exactly once.
 """
 
-from . import executor_caches, executor_lanes, layout, patches, serving
+from . import before, executor_caches, executor_lanes, layout, patches, serving
 
-MUTANTS = (*executor_caches.MUTANTS, *executor_lanes.MUTANTS, *layout.MUTANTS, *patches.MUTANTS, *serving.MUTANTS)
+_PARTS = (before, executor_caches, executor_lanes, layout, patches, serving)
+MUTANTS = tuple(mutant for part in _PARTS for mutant in part.MUTANTS)

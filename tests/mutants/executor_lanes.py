@@ -181,8 +181,8 @@ MUTANTS = mutants((
     ),
     (
         "the lowest scores stay", TOKENS,
-        "np.argsort(-scores[rows], kind",
-        "np.argsort(scores[rows], kind",
+        "np.argsort(-scores, kind",
+        "np.argsort(scores, kind",
         "executor/test_tokens.py::test_orders_by_score_take_the_highest_and_of_equal_ones_the_first",
     ),
     (
@@ -199,8 +199,8 @@ MUTANTS = mutants((
     ),
     (
         "even spacing begins at the first token", TOKENS,
-        "(2 * np.arange(count) + 1) * len(rows) // (2 * count)",
-        "np.arange(count) * len(rows) // count",
+        "(2 * np.arange(count) + 1) * of // (2 * max(count, 1))",
+        "np.arange(count) * of // max(count, 1)",
         "executor/test_tokens.py::test_orders_that_look_at_places",
     ),
     (

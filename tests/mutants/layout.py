@@ -14,8 +14,8 @@ MUTANTS = mutants((
     ),
     (
         "samples of a layout repeated in turn, not in place", LAYOUT,
-        "Segment(s.sample * times + k, s.start",
-        "Segment(s.sample + k * self.batch_size, s.start",
+        "sample=s.sample * times + k)",
+        "sample=s.sample + k * self.batch_size)",
         "layout/test_layout.py::test_expanded_repeats_each_sample_in_place",
     ),
     (

@@ -50,14 +50,14 @@ MUTANTS = mutants((
     ),
     (
         "tables of another mask", STATE,
-        "for table in (mask, ends))",
-        "for table in (ends,))",
+        "for table in (mask, ends, asked.kept))",
+        "for table in (ends, asked.kept))",
         "patches/test_state.py::test_tables_are_those_of_the_mask",
     ),
     (
         "tables of another prompt", STATE,
-        "for table in (mask, ends))",
-        "for table in (mask,))",
+        "for table in (mask, ends, asked.kept))",
+        "for table in (mask, asked.kept))",
         "executor/test_prompt_ends.py::test_an_answer_changes_nothing_before_it",
     ),
     (
@@ -311,8 +311,8 @@ MUTANTS = mutants((
     ),
     (
         "cached columns not counted", PLACEHOLDERS,
-        "(start + past, grid)",
-        "(start, grid)",
+        "(start + past, grid, name)",
+        "(start, grid, name)",
         "executor/test_tokens.py::test_two_turns",
     ),
     (

@@ -9,8 +9,13 @@ import torch
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 import vis_sparse
+from vis_sparse.executor.before_scores import relevance
+from vis_sparse.executor.tokens import entering
 from vis_sparse.executor.transformers_internals import CACHE
 from vis_sparse.layout.layout import VisualLayout
+from vis_sparse.layout.packing import visual_coordinates
+from vis_sparse.patches.errors import PatchError
+from vis_sparse.plans.before import TokensBefore
 from vis_sparse.plans.layer_plan import PlanError
 from vis_sparse.plans.plan import VisualPlan
 
@@ -280,3 +285,37 @@ def test_threads_on_one_model(tower):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("scenario", ["two", "left padding", "anyres"])
+@torch.no_grad()
+def test_tokens_before_the_decoder(scenario, tower):
+    """By what embeddings and places tell; what the package's own tower would have to tell is refused by name."""
+    ids, call, layout, settings = call_of(SCENARIOS[scenario], torch.float64)
+    model = build("llama", tower, torch.float64, **settings)
+    embeds, mask = spliced(model, ids, call)
+    positions = torch.arange(embeds.shape[1]).expand(len(embeds), -1)
+    whole = visual_coordinates(layout)
+    for before in (TokensBefore("stride", 0.4), TokensBefore("relevance", 0.4)):
+        plan, scores = VisualPlan.dense(LAYERS).replace(before=before), None
+        if before.by == "relevance":
+            is_text, scores = mask.bool().clone(), np.zeros(layout.num_visual)
+            is_text[whole.sample, whole.column] = False
+            for segment in np.unique(whole.segment):
+                own = np.flatnonzero(whole.segment == segment)
+                sample, rows = whole.sample[own[0]], embeds[whole.sample[own], whole.column[own]]
+                scores[own] = relevance(rows, embeds[sample, is_text[sample]], before.count(len(own)))
+        kept = entering(before, whole, scores)
+        came = torch.ones(mask.shape, dtype=torch.bool)
+        came[whole.sample, whole.column] = False
+        came[whole.sample[kept], whole.column[kept]] = True
+        with vis_sparse.patched(model, plan):
+            ours = model(ids, **call).logits
+        states = oracle.hidden_states(model.model, plan, layout, embeds, mask, positions, came=came)
+        expected = states[-1] @ model.lm_head.weight.double().T
+        rows = oracle.compared_rows(plan, layout, mask)
+        assert (ours - expected)[rows].abs().max() <= 1e-5 * expected[rows].abs().max()
+    for by in ("received", "duplicate"):
+        plan = plan.replace(before=TokensBefore(by, None if by == "duplicate" else 0.4))
+        with pytest.raises(PatchError, match=f"before.by: got {by} for LlavaLlamaForCausalLM, .* its vision tower"):
+            vis_sparse.patch(model, plan)

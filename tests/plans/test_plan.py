@@ -102,7 +102,7 @@ def test_a_plan_of_another_depth_is_refused():
         (
             "lays: {}",
             "plan: plan: got unknown key 'lays', expected one of name, about, semantics, num_layers, default, layers, "
-            "tower; did you mean 'layers'?",
+            "tower, before; did you mean 'layers'?",
         ),
         (
             "default: {attention: {radius: 1, stripe: 2}}",
@@ -150,7 +150,7 @@ def test_a_plan_of_another_depth_is_refused():
         (
             "- a:\n",
             "plan: got list, expected a mapping with the keys name, about, semantics, num_layers, default, "
-            "layers, tower",
+            "layers, tower, before",
         ),
     ],
 )

@@ -45,6 +45,12 @@ def flops_command(
         int, typer.Option(min=0, callback=count, help="Sampled frames of a video in each sample, after its images.")
     ] = 0,
     batch: Annotated[int, typer.Option(min=1, callback=count, help="Samples.")] = 1,
+    duplicates: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE", help="Of the visual tokens, for plans by which duplicates leave before the vision tower."
+        ),
+    ] = 0.0,
     convention: ConventionOption = "executed",
     device: Annotated[
         str | None, typer.Option(metavar="NAME", help="Also roofline bounds on a100, h100, h200 or mi300x.")
@@ -62,6 +68,7 @@ def flops_command(
         "video_frames": video_frames,
         "batch": batch,
         "convention": convention,
+        "duplicates": duplicates,
     }
     dense = flops(shape, "dense", **settings)
     names = shown_names(name.strip() for name in plan.split(",") if name.strip())
@@ -196,7 +203,7 @@ def whole_prefill(cost: CostReport, dense: CostReport) -> str:
         f"From pixels to logits {human(own.whole)} of {human(before.whole)} FLOPs "
         f"({own.whole / before.whole:.1%}): vision tower {human(own.vision_tower)} of {human(before.vision_tower)}, "
         f"projector {human(own.projector)}, decoder {human(own.total)} of {human(before.total)}, "
-        f"LM head {human(own.lm_head)}"
+        f"LM head {human(own.lm_head)}" + (f", choosing among the tokens {human(own.choosing)}" if own.choosing else "")
     )
 
 

@@ -20,7 +20,16 @@ from ..plans.plan import VisualPlan
 from ..plans.schedule import LayerWork, schedule
 from .flops import whole_prefill
 from .options import CalibrationOption, ConventionOption, JsonOption, ModelOption, bar, emit
-from .plan_cells import NOTHING, attention_data, attention_text, draw_tower, ffn_share, head_count, tower_rows
+from .plan_cells import (
+    NOTHING,
+    attention_data,
+    attention_text,
+    before_text,
+    draw_tower,
+    ffn_share,
+    head_count,
+    tower_rows,
+)
 
 plan_app = typer.Typer(no_args_is_help=True, help="List the shipped plans, or draw one.")
 
@@ -88,6 +97,7 @@ def show_command(
         "visual_flops": cost.prefill.lane("visual"),
         "kv_bytes": cost.kv_bytes,
         "dense_kv_bytes": dense.kv_bytes,
+        "before": None if chosen.before is None else chosen.before.to_data(),
         "tower": None if chosen.tower is None else tower_rows(chosen.tower, shape, dense, cost),
         "prefill_flops": cost.prefill.whole if cost.prefill.is_whole else None,
         "dense_prefill_flops": dense.prefill.whole if dense.prefill.is_whole else None,
@@ -124,7 +134,8 @@ def _draw(
 ) -> None:
     console.print(Text(plan.name, style="bold") + Text(f" on {shape.name}: {plan.about}", style="not bold"))
     left = ("read", "attention", "heads", "FFN", "")
-    drops = len(set(cost.visual_left)) > 1  # no room for both: the dense FLOPs are the same in all layers
+    # no room for both: the dense FLOPs are the same in all layers
+    drops = len({cost.visual_tokens, *cost.visual_left}) > 1
     table = tight_table(
         "layer", "read", "attention", "heads", "FFN", "tokens" if drops else "dense", "plan", "", left=left
     )
@@ -139,6 +150,8 @@ def _draw(
             bar(share, 8, "red") + Text(f" {share:4.0%}"),
         )
     console.print(table)
+    if plan.before is not None:
+        console.print(before_text(plan.before, cost))
     visual, whole = (each.prefill.lane("visual") for each in (cost, dense))
     console.print(
         f"{cost.visual_tokens} visual and {cost.text_tokens} text tokens, convention {cost.convention}: "

@@ -11,6 +11,7 @@ from ..cost.report import CostReport
 from ..cost.shapes import ModelShape
 from ..eval.numbers import human
 from ..eval.tables import tight_table
+from ..plans.before import TokensBefore
 from ..plans.layer_plan import LayerPlan, Neighborhood
 from ..plans.plan import VisualPlan
 from .options import bar
@@ -40,6 +41,15 @@ def attention_text(attention: str | Neighborhood) -> Text:
     frames = f", {attention.frames} frames" if attention.frames else ""
     stride = f", stride {attention.stride}" if attention.stride > 1 else ""
     return Text(f"{mark} {side}x{side} {attention.direction}{frames}{stride}", style="green")
+
+
+def before_text(before: TokensBefore, cost: CostReport) -> str:
+    """Which tokens come into the decoder, in words."""
+    if before.keep is None:
+        within = f" within {before.tolerance:g}" if before.tolerance else ""
+        return f"Before the vision tower, duplicates of their neighbours{within} leave: how many, pixels decide"
+    entered = f"{cost.visual_left[0]} of {cost.visual_tokens} visual tokens"
+    return f"Before the decoder, {before.keep:.0%} by {before.by}: {entered} come into the first layer"
 
 
 def tower_rows(tower: VisualPlan, shape: ModelShape, dense: CostReport, cost: CostReport) -> list[dict]:

@@ -1,5 +1,6 @@
-"""The ways of counting a plan's FLOPs that are in use. Each takes (shape, plan, layout, text tokens of a sample), with
-head budgets resolved, and gives the decoder's cost in prefill and in one decode step (None where it has none).
+"""The ways of counting a plan's FLOPs that are in use. Each takes (shape, plan, layout, text tokens of a sample, the
+visual tokens that come into the decoder), with head budgets resolved, and gives the decoder's cost in prefill and in
+one decode step (None where it has none).
 """
 
 from __future__ import annotations
@@ -50,21 +51,23 @@ class VisualTokens:
 
 
 def tokens_by_layer(
-    budgets: Iterable[TokenBudget | None], layout: VisualLayout, text_tokens: int
+    budgets: Iterable[TokenBudget | None], layout: VisualLayout, text_tokens: int, coming: Coordinates
 ) -> list[VisualTokens]:
-    """The visual tokens of every layer; layers between which none leaves share them."""
+    """The visual tokens of every layer; layers between which none leaves share them. coming: into the first one."""
     layers: list[VisualTokens] = []
     before = None
-    for left in left_by_layer(budgets, layout):
+    for left in left_by_layer(budgets, coming):
         layers.append(layers[-1] if left is before else VisualTokens(layout, text_tokens, left))
         before = left
     return layers
 
 
-def executed(shape: ModelShape, plan: VisualPlan, layout: VisualLayout, text_tokens: int) -> tuple[PassCost, PassCost]:
+def executed(
+    shape: ModelShape, plan: VisualPlan, layout: VisualLayout, text_tokens: int, coming: Coordinates
+) -> tuple[PassCost, PassCost]:
     """Prefill and one decode step as the patched model runs them, decoder only. Head budgets must be resolved."""
     work = schedule(plan, shape.heads, shape.kv_heads, shape.ffn)
-    tokens = tokens_by_layer((item.tokens for item in work), layout, text_tokens)
+    tokens = tokens_by_layer((item.tokens for item in work), layout, text_tokens, coming)
     samples = layout.batch_size
     keys = samples * (text_tokens + 1)  # text keys that the rows of a decode step read
     zero = plan.semantics == "zero"
@@ -120,7 +123,9 @@ def _text_lane(
     )
 
 
-def paper(shape: ModelShape, plan: VisualPlan, layout: VisualLayout, text_tokens: int) -> tuple[PassCost, None]:
+def paper(
+    shape: ModelShape, plan: VisualPlan, layout: VisualLayout, text_tokens: int, coming: Coordinates
+) -> tuple[PassCost, None]:
     """FLOPs of the visual tokens, 2(4nd^2 + 2n^2 d + 3ndm) a layer scaled by the plan (arXiv 2410.06169).
 
     Projections and scores by the share of active heads, n keys of a query replaced by the mean size of its
@@ -129,25 +134,35 @@ def paper(shape: ModelShape, plan: VisualPlan, layout: VisualLayout, text_tokens
     which text reads visual tokens are free, whatever the plan's semantics. Grouped KV heads are ignored: the formula is
     that of MHA at the model's width.
     """
-    return _nominal(shape, plan, layout, text_tokens, per_mac=2, ffn_matrices=3), None
+    return _nominal(shape, plan, layout, text_tokens, coming, per_mac=2, ffn_matrices=3), None
 
 
-def macs(shape: ModelShape, plan: VisualPlan, layout: VisualLayout, text_tokens: int) -> tuple[PassCost, None]:
+def macs(
+    shape: ModelShape, plan: VisualPlan, layout: VisualLayout, text_tokens: int, coming: Coordinates
+) -> tuple[PassCost, None]:
     """Multiply-adds of the visual tokens: half of `paper`."""
-    return _nominal(shape, plan, layout, text_tokens, per_mac=1, ffn_matrices=3), None
+    return _nominal(shape, plan, layout, text_tokens, coming, per_mac=1, ffn_matrices=3), None
 
 
-def fastv(shape: ModelShape, plan: VisualPlan, layout: VisualLayout, text_tokens: int) -> tuple[PassCost, None]:
+def fastv(
+    shape: ModelShape, plan: VisualPlan, layout: VisualLayout, text_tokens: int, coming: Coordinates
+) -> tuple[PassCost, None]:
     """Multiply-adds of the visual tokens as FastV writes them, 4nd^2 + 2n^2 d + 2ndm: two FFN matrices, not three."""
-    return _nominal(shape, plan, layout, text_tokens, per_mac=1, ffn_matrices=2), None
+    return _nominal(shape, plan, layout, text_tokens, coming, per_mac=1, ffn_matrices=2), None
 
 
 def _nominal(
-    shape: ModelShape, plan: VisualPlan, layout: VisualLayout, text_tokens: int, per_mac: int, ffn_matrices: int
+    shape: ModelShape,
+    plan: VisualPlan,
+    layout: VisualLayout,
+    text_tokens: int,
+    coming: Coordinates,
+    per_mac: int,
+    ffn_matrices: int,
 ) -> PassCost:
     active = [shape.heads if layer.heads is None else sum(layer.heads) for layer in plan.layers]
     last_read = max((i for i, layer in enumerate(plan.layers) if layer.text_reads and active[i]), default=-1)
-    tokens = tokens_by_layer((layer.tokens for layer in plan.layers), layout, text_tokens)
+    tokens = tokens_by_layer((layer.tokens for layer in plan.layers), layout, text_tokens, coming)
     layers = []
     for index, (layer, left) in enumerate(zip(plan.layers, tokens, strict=True)):
         if index > last_read:

@@ -5,6 +5,7 @@ Conventions (a multiply-add is 2 FLOPs unless said otherwise):
 - `executed`: what the patched model does, text included, from the same `schedule` as the executor. Projections and
   FFN are exact; scores are the ideal number, each pair that is really read counted once. Where a plan drops tokens by
   their scores, evenly spaced ones stand in for those that stay: their number is exact, their places decide pairs alone.
+  How many leave as duplicates of their neighbours only pixels know: a share is told.
 - `paper` (arXiv 2410.06169): visual tokens only, 2(4nd^2 + 2n^2 d + 3ndm) a layer, scaled by the plan.
 - `macs`: multiply-adds, half of `paper`. `fastv`: multiply-adds with 2ndm for the FFN (arXiv 2403.06764).
 """
@@ -17,11 +18,13 @@ from typing import TYPE_CHECKING
 
 from numpy.typing import ArrayLike
 
+from ..executor.tokens import entering
 from ..layout.image_grids import EncodedImage, Grid, ShapeError
 from ..layout.layout import LayoutError, VisualLayout
+from ..layout.packing import visual_coordinates
 from ..plans.budgets import resolve_heads, resolve_tower
 from ..plans.files import as_plan
-from ..plans.layer_plan import PlanError, brief
+from ..plans.layer_plan import PlanError, brief, is_number
 from ..plans.plan import PlanRecipe, VisualPlan
 from ..plans.schedule import schedule
 from ..plans.scores import Calibration
@@ -53,6 +56,7 @@ def flops(
     heads: str | Path | ArrayLike | None = "first",
     kv_dtype_bytes: int = 2,
     executed_scores: int | None = None,
+    duplicates: float = 0.0,
 ) -> CostReport:
     """Count `plan` on `model`: a `ModelShape`, a shipped name, a checkpoint folder, or a live transformers model.
 
@@ -61,7 +65,8 @@ def flops(
     sampled frames of that size, if any; images is 1 by default, 0 with a video. With a layout, the vision tower and the
     projector are not counted: it doesn't say what they ran. text_tokens: text tokens of a sample in all. batch:
     samples; a given layout is repeated to fill it. heads: as in `resolve_heads`; the default lets the first heads
-    stand in for a budget's. kv_dtype_bytes: bytes of a cached value.
+    stand in for a budget's. kv_dtype_bytes: bytes of a cached value. duplicates: share in [0, 1) of the visual tokens
+    that leaves where a plan lets them leave by duplicate; no size tells it.
 
     Under "executed", plan "dense" is the whole unpatched model, causal scores n(n+1)/2; its vision tower runs the
     layers behind the feature layer too, which a plan with a tower section does not. The other conventions have no
@@ -72,6 +77,8 @@ def flops(
     """
     if convention not in CONVENTIONS:
         raise PlanError(f"convention: got {brief(convention)}, expected one of {', '.join(CONVENTIONS)}")
+    if not is_number(duplicates) or not 0 <= duplicates < 1:
+        raise PlanError(f"duplicates: got {brief(duplicates)}, expected a share in [0, 1)")
     shape = as_shape(model)
     plan = resolve_heads(as_plan(plan, shape.layers), shape.heads, shape.kv_heads, heads)
     plan.check_fits(shape.layers, shape.heads, shape.ffn)
@@ -83,18 +90,25 @@ def flops(
     if batch != 1:
         layout = layout.expanded(batch)
         encoded *= batch
-    prefill, decode = CONVENTIONS[convention](shape, plan, layout, text_tokens)
+    coming = visual_coordinates(layout)
+    if plan.before is not None:
+        coming = coming.take(entering(plan.before, coming, duplicates=duplicates))
+    prefill, decode = CONVENTIONS[convention](shape, plan, layout, text_tokens, coming)
     tower_rows = 0
     if decode is not None:
         lm_head = 2 * layout.batch_size * shape.hidden * shape.vocab
         decode = dataclasses.replace(decode, lm_head=lm_head)
         prefill = dataclasses.replace(prefill, lm_head=lm_head)
         if encoded and shape.vision:
-            prefill = dataclasses.replace(prefill, **_apart(shape, plan, encoded))
+            prefill = dataclasses.replace(prefill, **_apart(shape, plan, encoded, duplicates))
             grids = [grid for image in encoded for grid in image.sequences]
             tower_rows = sum(height * width + shape.vision.class_token for height, width in grids)
+            if plan.before is not None and plan.before.by == "duplicate":
+                tower_rows = int(tower_rows * (1 - duplicates))
+        prefill = dataclasses.replace(prefill, choosing=_choosing(shape, plan, layout))
     work = schedule(plan, shape.heads, shape.kv_heads, shape.ffn)
-    left = tuple(tokens.rows for tokens in tokens_by_layer((item.tokens for item in work), layout, text_tokens))
+    by_layer = tokens_by_layer((item.tokens for item in work), layout, text_tokens, coming)
+    left = tuple(tokens.rows for tokens in by_layer)
     per_head = 2 * shape.head_dim * kv_dtype_bytes  # K and V
     visual_heads = sum(rows * len(item.key_heads) for rows, item in zip(left, work, strict=True) if item.stores)
     return CostReport(
@@ -172,10 +186,24 @@ def _with_tower(shape: ModelShape, plan: VisualPlan) -> VisualPlan:
     return resolve_tower(plan, vision.layers, vision.heads, vision.ffn, "first")
 
 
-def _apart(shape: ModelShape, plan: VisualPlan, encoded: tuple[EncodedImage, ...]) -> dict:
+def _choosing(shape: ModelShape, plan: VisualPlan, layout: VisualLayout) -> int:
+    """By relevance: the tokens of a segment against one another, and each one taken against those before it."""
+    if plan.before is None or not plan.before.reads_text:
+        return 0
+    sizes = [(segment.size, plan.before.count(segment.size)) for segment in layout.segments]
+    return sum(2 * size**2 * shape.hidden + size * taken * (taken - 1) for size, taken in sizes)
+
+
+def _apart(shape: ModelShape, plan: VisualPlan, encoded: tuple[EncodedImage, ...], duplicates: float) -> dict:
     """The fields of a `PassCost` for what comes before the decoder."""
     grids = [grid for image in encoded for grid in image.sequences]
-    layers = tower_layers(shape.vision, plan.tower, grids)
+    tower, before = plan.tower, plan.before
+    if before is not None and before.needs_tower:
+        tower = tower or VisualPlan.dense(shape.vision.layers)
+        leaving = duplicates if before.by == "duplicate" else 0.0
+        layers = tower_layers(shape.vision, tower, grids, leaving, before.by == "received")
+    else:
+        layers = tower_layers(shape.vision, tower, grids)
     rows = sum(image.projected for image in encoded)
     return {
         "tower_layers": layers,

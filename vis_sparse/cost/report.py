@@ -41,7 +41,7 @@ class PassCost:
 
     vision_tower, projector, lm_head: None where they are not counted. The LM head is counted for one row a sample,
     as `generate` runs it. tower_layers: of the vision tower, class tokens in the text lane; the tower is these and its
-    patch embedding.
+    patch embedding. choosing: the tokens that come into the decoder, where that is products of its own.
     """
 
     layers: tuple[LayerCost, ...]
@@ -49,6 +49,7 @@ class PassCost:
     vision_tower: int | None = None
     projector: int | None = None
     lm_head: int | None = None
+    choosing: int = 0
 
     @property
     def total(self) -> int:
@@ -58,7 +59,7 @@ class PassCost:
     @property
     def whole(self) -> int:
         """The decoder layers and everything counted apart from them."""
-        return self.total + sum(part or 0 for part in (self.vision_tower, self.projector, self.lm_head))
+        return self.total + self.choosing + sum(part or 0 for part in (self.vision_tower, self.projector, self.lm_head))
 
     @property
     def is_whole(self) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from ..executor.tokens import left_by_layer
+from ..executor.tokens import choose, left_by_layer
 from ..layout.layout import VisualLayout
-from ..layout.packing import Coordinates
-from ..plans.layer_plan import Neighborhood
+from ..layout.packing import Coordinates, visual_coordinates
+from ..plans.layer_plan import Neighborhood, TokenBudget
 from ..plans.plan import VisualPlan
 from ..plans.schedule import LayerWork, tower_schedule
 from .pairs import left_pairs
@@ -24,25 +25,45 @@ def patch_embedding(shape: VisionShape, grids: Grids) -> int:
     return 2 * sum(height * width for height, width in grids) * shape.patch_values * shape.hidden
 
 
-def tower_layers(shape: VisionShape, plan: VisualPlan | None, grids: Grids) -> tuple[LayerCost, ...]:
+def tower_layers(
+    shape: VisionShape, plan: VisualPlan | None, grids: Grids, duplicates: float = 0.0, scored: bool = False
+) -> tuple[LayerCost, ...]:
     """FLOPs of every layer: of patches (the visual lane) and of class tokens (the text lane), by part.
 
     plan: of the encoder's layers, heads resolved; None: the unpatched encoder, which runs the layers that nobody reads
-    too.
+    too. duplicates: the share of each image's patches that leaves before the first layer; evenly spaced ones stand in.
+    scored: whether the attention that patches receive in the last layer that runs is counted, which is formed once
+    more.
     """
     used = shape.layers if plan is None else shape.layers_read
     plan = VisualPlan.dense(shape.layers) if plan is None else plan
     work = tower_schedule(plan, shape.heads, shape.ffn, shape.class_token)
     layout = VisualLayout.from_grids([[(0, (1, *grid))] for grid in grids])
-    costs, patches = [], None
+    costs, patches, coming = [], None, visual_coordinates(layout)
+    if duplicates:
+        coming = coming.take(choose(TokenBudget(1 - duplicates, "uniform"), 0, coming, None))
     budgets = (None if item is None else item.tokens for item in work)
-    for index, (item, left) in enumerate(zip(work, left_by_layer(budgets, layout))):
+    scored_at = max((index for index, item in enumerate(work[:used]) if item is not None), default=-1) if scored else -1
+    for index, (item, left) in enumerate(zip(work, left_by_layer(budgets, coming))):
         if item is None or index >= used:
             costs.append(LayerCost(LaneCost()))
             continue
         patches = patches if patches is not None and patches.left is left else _Patches(shape, layout, left)
-        costs.append(_layer(shape, item, patches, shape.is_windowed(index)))
+        cost = _layer(shape, item, patches, shape.is_windowed(index))
+        if index == scored_at:
+            cost = replace(cost, visual=_scored(shape, item, patches.sizes(shape.is_windowed(index)), cost.visual))
+        costs.append(cost)
     return tuple(costs)
+
+
+def _scored(shape: VisionShape, work: LayerWork, sizes: np.ndarray, cost: LaneCost) -> LaneCost:
+    """A layer's cost with the attention that its patches receive: of class tokens or of all patches, in all heads."""
+    each = int(shape.class_token)
+    rows, queries = int(sizes.sum()) + each * len(sizes), each or sizes
+    is_whole = work.attention == "full" and len(work.query_heads) == shape.heads
+    qkv = 0 if is_whole else 6 * rows * shape.hidden**2  # all heads' queries and keys are there already, or made anew
+    scores = 2 * shape.hidden * int((queries * (sizes + each)).sum())
+    return replace(cost, qkv=cost.qkv + qkv, scores=cost.scores + scores)
 
 
 class _Patches:

@@ -17,7 +17,7 @@ class Call:
 
     packing: the call's rows. seen, rest: coordinates of the slots of the two stores after the call's own were
     appended, (batch, slots). mask: (batch, columns) bool, False = padding; None = none, or as the slots say.
-    in_sequence: the rows of `packing` at their columns of the sequence, where `packing` has others (`leaving`).
+    in_sequence: the rows of `packing` at their columns of the sequence, where `packing` has others (`over_left`).
     ranks: (batch,) the text row of each sample, counted in the padded text, whose attention ranks visual tokens; None =
     the last. general: whether tables take the one form that fits every text of as many rows (`prompt_graphs`).
     """
@@ -61,18 +61,25 @@ class Call:
         seen, rest = book.slots.masked(mask), book.text_slots().masked(mask)
         return cls(packing, seen, rest, device, mask, ranks=ranks, general=general)
 
-    def leaving(self, kept: np.ndarray, book) -> Call:
-        """The tables of the layers that only the packed visual rows `kept` reach; appends their slots to `book`.
+    @classmethod
+    def over_left(
+        cls, left: Packing, book, mask: np.ndarray | None, device: torch.device, ranks: np.ndarray | None = None
+    ) -> Call:
+        """The tables of a call of which only some visual rows are left, whose slots `book` already has.
 
         Columns are counted without those that left: what is left is a shorter sequence, over which plain causal
         attention is plain again. (Positions went into the rows' rotation; columns only say who comes first.)
         """
-        left = self.in_sequence.keep(kept)
-        book.append(left.slots(), left.length)
-        seen, rest = book.slots.masked(self.mask), book.text_slots().masked(self.mask)
+        seen, rest = book.slots.masked(mask), book.text_slots().masked(mask)
         places = places_of(seen, left.past + left.length)
         moved = (tables.moved(places) for tables in (left, seen, rest))
-        return Call(*moved, self.device, self.mask, left, self._ranks)
+        return cls(*moved, device, mask, left, ranks)
+
+    def leaving(self, kept: np.ndarray, book) -> Call:
+        """The tables of the layers that only the packed visual rows `kept` reach; appends their slots to `book`."""
+        left = self.in_sequence.keep(kept)
+        book.append(left.slots(), left.length)
+        return Call.over_left(left, book, self.mask, self.device, self._ranks)
 
     @property
     def shapes(self) -> tuple:
@@ -87,7 +94,7 @@ class Call:
     @cached_property
     def own_slots(self) -> Coordinates:
         """The slots that the call adds."""
-        return self.packing.slots()
+        return self.in_sequence.slots()
 
     @cached_property
     def _index(self) -> np.ndarray:
@@ -101,6 +108,11 @@ class Call:
     @cached_property
     def _row_index(self) -> torch.Tensor:
         return self._to(self._index)
+
+    @cached_property
+    def _rows_of_sequence(self) -> torch.Tensor:
+        """Where the rows lie in the call's hidden states."""
+        return self._row_index if self.in_sequence is self.packing else self._to(self.in_sequence.row_index())
 
     @cached_property
     def _is_real(self) -> np.ndarray:
@@ -130,16 +142,17 @@ class Call:
         rows = hidden.flatten(0, 1)
         if self._is_plain:
             return rows.clone(), cos[:, None], sin[:, None]
-        return (t.index_select(0, self._row_index) for t in (rows, cos[:, None], sin[:, None]))
+        return (t.index_select(0, self._rows_of_sequence) for t in (rows, cos[:, None], sin[:, None]))
 
     def merge(self, hidden, x, stopped=None):
-        """Rows back to the shape of `hidden`; columns of padding keep its values."""
+        """Rows back to the shape of `hidden`; columns of padding, and of visual tokens that have no row, keep its
+        values."""
         if self._is_plain:
             return x.view(hidden.shape)
         rows = x if stopped is None else torch.cat([x, stopped])
-        if self.order is not None:
+        if self.order is not None and self.in_sequence is self.packing:
             return rows.index_select(0, self.order).view(hidden.shape)
-        index = self._row_index
+        index = self._rows_of_sequence
         if self._real_rows is not None:
             rows, index = rows.index_select(0, self._real_rows), index.index_select(0, self._real_rows)
         return hidden.flatten(0, 1).index_copy(0, index, rows).view(hidden.shape)

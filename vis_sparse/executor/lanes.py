@@ -35,10 +35,11 @@ class LaneExecutor:
         self.layers = [LaneLayer(layer, w, decoder, zero, backend) for layer, w in zip(decoder.layers, work)]
         self.kept_cuts = KeptCuts(cut for lane in self.layers for cut in lane.cuts.values())
         self._bound: Bound | None = None
-        # whether visual tokens leave between layers, so that the tables behind depend on values, and whether a text row
-        # decides which ones
-        self.drops = any(lane.work.tokens is not None for lane in self.layers)
+        # whether visual tokens leave, so that the tables behind depend on values, and whether a text row decides which
+        # ones, or the prompt's text
+        self.drops = plan.before is not None or any(lane.work.tokens is not None for lane in self.layers)
         self.ranks_by_text = any(lane.scores_tokens for lane in self.layers)
+        self.asks_for_prompts = self.ranks_by_text or plan.before is not None and plan.before.reads_text
         self.last_use = max((i for i, lane in enumerate(self.layers) if lane.uses_visual), default=-1)
 
     def __getstate__(self):

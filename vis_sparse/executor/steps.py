@@ -178,6 +178,7 @@ class StepPacking(NamedTuple):
     batch: int
     length: int = 1
     longest_text: int = 1
+    num_visual: int = 0
 
     @property
     def num_text(self) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+_QUERIES = 256  # whose attention is formed at a time
+
 
 def attention_received(
     query: torch.Tensor, key: torch.Tensor, unread: torch.Tensor | None, heads: torch.Tensor | None, scale: float
@@ -16,19 +18,31 @@ def attention_received(
     """
     grouped = query.unflatten(1, (key.shape[2], -1))
     scores = (grouped @ key.permute(0, 2, 3, 1)).flatten(1, 2)
-    scores = scores.to(_wide(scores.dtype)) * scale
+    scores = scores.to(wide(scores.dtype)) * scale
     if unread is not None:
         scores = scores.masked_fill(unread[:, None], -torch.inf)
     shares = scores.softmax(-1)
     return (shares if heads is None else shares.index_select(1, heads)).mean(1)
 
 
+def received_by_all(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    """The share of a part's queries that each of its keys gets, mean over queries and heads, (parts, keys).
+
+    query (parts, queries, heads, head_dim), key (parts, keys, heads, head_dim). Some queries at a time.
+    """
+    keys, received = key.permute(0, 2, 3, 1), 0
+    for some in query.split(max(1, _QUERIES // len(query)), 1):
+        scores = (some.transpose(1, 2) @ keys).to(wide(query.dtype)) * scale
+        received = received + scores.softmax(-1).sum((1, 2))
+    return received / (query.shape[1] * query.shape[2])
+
+
 def norms(rows: torch.Tensor) -> torch.Tensor:
     """L2 norms of rows (n, d), in fp32 at least."""
-    return torch.linalg.vector_norm(rows, dim=-1, dtype=_wide(rows.dtype))
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=wide(rows.dtype))
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

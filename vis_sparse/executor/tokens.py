@@ -1,4 +1,5 @@
-"""Which visual tokens go on to the next layer: chosen on the host, from coordinates and from one score a token."""
+"""Which visual tokens come into the decoder, and which go on to the next layer: chosen on the host, from coordinates
+and from one score a token."""
 
 from __future__ import annotations
 
@@ -6,12 +7,15 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ..layout.layout import LayoutError, VisualLayout
-from ..layout.packing import Coordinates, Packing, visual_coordinates
+from ..layout.layout import LayoutError
+from ..layout.packing import Coordinates, Packing
+from ..plans.before import TokensBefore
 from ..plans.layer_plan import TokenBudget
 
 
-def choose(budget: TokenBudget, layer: int, visual: Coordinates, scores: np.ndarray | None) -> np.ndarray:
+def choose(
+    budget: TokenBudget | TokensBefore, layer: int, visual: Coordinates, scores: np.ndarray | None
+) -> np.ndarray:
     """The packed rows that stay, ascending.
 
     layer: index in the decoder. visual: coordinates of the rows, sample after sample. scores: (rows,), the higher the
@@ -26,15 +30,20 @@ def choose(budget: TokenBudget, layer: int, visual: Coordinates, scores: np.ndar
         count = budget.count(len(rows))
         if budget.by == "random":
             first = np.sort(np.random.default_rng(layer).permutation(len(rows))[:count])
-        elif scores is None or budget.by == "uniform":
-            first = (2 * np.arange(count) + 1) * len(rows) // (2 * count)
         else:
-            first = np.sort(np.argsort(-scores[rows], kind="stable")[:count])
+            first = first_ones(count, len(rows), None if scores is None or budget.by == "uniform" else scores[rows])
         kept.append(rows[first])
     return np.concatenate(kept)
 
 
-def _on_sub_grid(budget: TokenBudget, visual: Coordinates) -> np.ndarray:
+def first_ones(count: int, of: int, scores: np.ndarray | None) -> np.ndarray:
+    """`count` of `of` rows, ascending: those of the highest scores, of equal ones the first; evenly spaced without."""
+    if scores is None:
+        return (2 * np.arange(count) + 1) * of // (2 * max(count, 1))
+    return np.sort(np.argsort(-scores, kind="stable")[:count])
+
+
+def _on_sub_grid(budget: TokenBudget | TokensBefore, visual: Coordinates) -> np.ndarray:
     inside = np.zeros(len(visual.sample), dtype=bool)
     for height, width in sorted(set(zip(visual.height.tolist(), visual.width.tolist()))):
         down, across = _steps(height, width, budget.keep)
@@ -56,10 +65,37 @@ def _steps(height: int, width: int, keep: float) -> tuple[int, int]:
     return min(((down, across) for down in range(1, height + 1) for across in range(1, width + 1)), key=rank)
 
 
-def left_by_layer(budgets: Iterable[TokenBudget | None], layout: VisualLayout) -> list[Coordinates]:
-    """The visual tokens that come into each layer, for counting: their number is exact; where scores choose, which
-    ones they are is not known without a model, and evenly spaced ones stand in."""
-    left, layers = visual_coordinates(layout), []
+def entering(
+    before: TokensBefore, visual: Coordinates, scores: np.ndarray | None = None, duplicates: float = 0.0
+) -> np.ndarray:
+    """The packed rows that come into the decoder, ascending.
+
+    visual: coordinates of the rows. scores: (rows,), the higher the sooner a row stays; by duplicate above 0 for those
+    that do. Without them evenly spaced rows stand in, as many: good for counting. duplicates: by duplicate, the share
+    of the rows that is taken to leave then.
+    """
+    if before.by == "change":
+        return _changed(before, visual, scores)
+    if before.by == "duplicate" and scores is not None:
+        return np.flatnonzero(scores > 0)
+    budget = before if before.keep is not None else TokenBudget(max(1 - duplicates, 1e-9), "uniform")
+    return choose(budget, 0, visual._replace(sample=visual.segment), scores)
+
+
+def _changed(before: TokensBefore, visual: Coordinates, scores: np.ndarray | None) -> np.ndarray:
+    stays = visual.frame == 0
+    for segment in np.unique(visual.segment[~stays]):
+        rows = np.flatnonzero(visual.segment == segment)
+        later = rows[~stays[rows]]
+        more = max(before.count(len(rows)) - (len(rows) - len(later)), 0)
+        stays[later[first_ones(more, len(later), None if scores is None else scores[later])]] = True
+    return np.flatnonzero(stays)
+
+
+def left_by_layer(budgets: Iterable[TokenBudget | None], left: Coordinates) -> list[Coordinates]:
+    """Of the visual tokens `left` before the first layer, those that come into each layer, for counting: their number
+    is exact; where scores choose, which ones they are is not known without a model, and evenly spaced ones stand in."""
+    layers = []
     for layer, budget in enumerate(budgets):
         layers.append(left)
         if budget is not None:

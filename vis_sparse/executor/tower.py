@@ -6,7 +6,7 @@ embedding, position embeddings, mergers, hidden states that somebody collects) i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,11 +78,16 @@ class TowerExecutor:
 class TowerRun:
     """One call of an encoder, layer by layer.
 
-    tables: of its rows; replaced where patches leave. last: the last layer that somebody reads.
+    tables: of its rows; replaced where patches leave. last: the last layer that somebody reads. received: if it
+    `is_scored`, the attention that each row of the call gets in the last layer that runs, once that has run.
     """
 
-    def __init__(self, executor: TowerExecutor, tables: TowerTables, last: int):
+    def __init__(self, executor: TowerExecutor, tables: TowerTables, last: int, scored: bool = False):
         self._executor, self._tables, self._last = executor, tables, last
+        running = (index for index, lane in enumerate(executor.lanes) if lane is not None and index <= last)
+        self.is_scored = scored
+        self._scored = max(running, default=None) if scored else None
+        self.received: torch.Tensor | None = None
         self._bound = executor.bound()
         self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
         self._angled: TowerTables | None = None
@@ -104,7 +109,7 @@ class TowerRun:
         x = rows if tables.index is None else rows.index_select(0, tables.index)
         if rotary is not None and self._angled is not tables:
             self._angles, self._angled = _angles(*rotary, tables.index), tables
-        x = lane(x, tables, self._angles, self._bound[lane])
+        x = lane(x, tables, self._angles, self._bound[lane], self._score if index == self._scored else None)
         budget = lane.work.tokens
         if budget is not None:
             scores = on_host(norms(x[tables.num_globals :].detach())) if budget.by == "norm" else None
@@ -114,6 +119,10 @@ class TowerRun:
         elif tables.index is not None:
             x = x.index_select(0, tables.back)
         return x.reshape(hidden.shape)
+
+    @torch.no_grad()
+    def _score(self, lane: TowerLane, query: torch.Tensor, key: torch.Tensor) -> None:
+        self.received = self._tables.received(query, key, lane.layer.windowed, lane.layer.scale)
 
 
 def _angles(cos: torch.Tensor, sin: torch.Tensor, index: torch.Tensor | None):
@@ -165,12 +174,17 @@ class TowerLane:
         if not self.cuts_ffn:
             self.cuts = {name: cut for name, cut in self.cuts.items() if name in ("cut", "cut_output")}
 
-    def __call__(self, x: torch.Tensor, tables: TowerTables, angles, parts: BoundLayer) -> torch.Tensor:
-        """x (rows, hidden) in the tables' order -> the same after the layer. angles: `_angles` of the rows, or None."""
+    def __call__(
+        self, x: torch.Tensor, tables: TowerTables, angles, parts: BoundLayer, score: Callable | None = None
+    ) -> torch.Tensor:
+        """x (rows, hidden) in the tables' order -> the same after the layer. angles: `_angles` of the rows, or None.
+        score: called with the lane and the queries and keys of all heads."""
         windowed, scale = self.layer.windowed, self.layer.scale
+        whole = self._projected(parts.input_norm(x), angles, parts) if self.is_whole or score is not None else None
+        if score is not None:
+            score(self, *whole[:2])
         if self.is_whole:
-            queries = self._projected(parts.input_norm(x), angles, parts)
-            out = tables.attend_all(*queries, windowed, self.backend, scale)
+            out = tables.attend_all(*whole, windowed, self.backend, scale)
             x = x + self._scaled(0, parts.output(out.flatten(1)))
         elif self.work.query_heads or tables.num_globals:
             x = self._attend(x, tables, angles, parts)

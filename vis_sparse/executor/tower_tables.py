@@ -16,6 +16,7 @@ from ..kernels import Backend
 from ..kernels.patterns import TextPattern, VisualPattern
 from ..layout.packing import Coordinates, on_device, text_coordinates
 from ..plans.layer_plan import Neighborhood, TokenBudget
+from .token_scores import received_by_all, wide
 from .tokens import choose
 
 
@@ -125,7 +126,13 @@ class TowerTables:
     def _keep(self, budget: TokenBudget, layer: int, scores: np.ndarray | None) -> TowerTables:
         order, patches = self._raster(False), self._coordinates(self._parts[False])
         chosen = choose(budget, layer, patches.take(order), None if scores is None else scores[order])
-        kept = np.sort(order[chosen])
+        return self._of_patches(np.sort(order[chosen]))
+
+    def only(self, rows: np.ndarray) -> TowerTables:
+        """The tables of a call in which of all patches only those at `rows` of the model's order are run."""
+        return self._of_patches(np.flatnonzero(np.isin(self._order[self.num_globals :], rows)))
+
+    def _of_patches(self, kept: np.ndarray) -> TowerTables:
         rows = np.concatenate([np.arange(self.num_globals), self.num_globals + kept])
         parts = {windowed: each.take(kept) for windowed, each in self._parts.items()}
         left = self._order[rows], self.num_rows, self.num_globals, self._sequence[rows], parts, self.device
@@ -172,6 +179,18 @@ class TowerTables:
         if back is None and len(groups) == 1:  # views will do
             groups = [(tuple(groups[0][0].shape), *groups[0][1:])]
         return groups, back
+
+    def received(self, query, key, windowed: bool, scale: float) -> torch.Tensor:
+        """The attention that each row gets within its part, (rows of the call,) in the model's order: from global
+        tokens where there are any, else from all. query, key (rows, heads, head_dim). Of rows that left it is 0."""
+        found = query.new_zeros(self.num_rows, dtype=wide(query.dtype))
+        order = on_device(self._order, self.device)
+        for index, globals_, _, _ in self._kept(("all", windowed), lambda: self._groups(windowed))[0]:
+            asking = globals_ if globals_.shape[1] else index
+            received = received_by_all(_by_group(query, asking), _by_group(key, index), scale)
+            place = order if isinstance(index, tuple) else order[index.flatten()]
+            found = found.index_copy(0, place, received.flatten())
+        return found
 
     def _reads_all(self, parts: int, queries: int, keys: int) -> TextPattern:
         column = np.broadcast_to(np.arange(keys), (parts, keys))

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 
+import numpy as np
 import torch
 import transformers
 from packaging.version import Version
@@ -175,13 +176,18 @@ def keeps_no_activations(block: nn.Module) -> bool:
     return torch.is_grad_enabled() and block.training and getattr(block, "gradient_checkpointing", False)
 
 
-def note_grids(encoded, grids: list, travels: bool = False) -> None:
-    """Write on an encoder's output the grids of what it encoded. travels: as one of its entries, which copies have."""
+def note(encoded, grids: list, said: np.ndarray | None, travels: bool = False) -> None:
+    """Write on an encoder's output the grids of what it encoded, and what it said of their tokens. travels: as one of
+    its entries, which copies have."""
     if travels:
-        encoded[_NOTE] = grids
+        encoded[_NOTE] = grids, said
     else:
-        setattr(encoded, _NOTE, grids)
+        setattr(encoded, _NOTE, (grids, said))
 
 
 def noted_grids(encoded) -> list | None:
-    return getattr(encoded, _NOTE, None)
+    return getattr(encoded, _NOTE, (None, None))[0]
+
+
+def noted_said(encoded) -> np.ndarray | None:
+    return getattr(encoded, _NOTE, (None, None))[1]

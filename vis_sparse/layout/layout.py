@@ -8,7 +8,7 @@ sequence: with a KV cache, columns of earlier calls count too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 
 class LayoutError(ValueError):
@@ -17,13 +17,17 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One grid of visual tokens: sample, first position, and (frames, height, width) in tokens."""
+    """One grid of visual tokens: sample, first position, and (frames, height, width) in tokens.
+
+    modality: the encoder's word for what it shows; two layouts are the same whatever it says.
+    """
 
     sample: int
     start: int
     frames: int
     height: int
     width: int
+    modality: str = field(default="image", compare=False)
 
     @property
     def size(self) -> int:
@@ -59,12 +63,12 @@ class VisualLayout:
             previous = segment
 
     @classmethod
-    def from_grids(cls, samples: Sequence[Sequence[tuple[int, tuple[int, int, int]]]]) -> VisualLayout:
-        """From, per sample, (first position, (frames, height, width)) of each segment."""
+    def from_grids(cls, samples: Sequence[Sequence[tuple]]) -> VisualLayout:
+        """From, per sample, (first position, (frames, height, width)) of each segment, and its modality or not."""
         segments = [
-            Segment(index, int(start), *(int(side) for side in grid))
+            Segment(index, int(start), *(int(side) for side in grid), *modality)
             for index, sample in enumerate(samples)
-            for start, grid in sorted(sample)
+            for start, grid, *modality in sorted(sample)
         ]
         return cls(len(samples), tuple(segments))
 
@@ -93,7 +97,7 @@ class VisualLayout:
 
     def shifted(self, offset: int) -> VisualLayout:
         """The same layout with `offset` added to every position (a later turn of a conversation)."""
-        moved = (Segment(s.sample, s.start + offset, s.frames, s.height, s.width) for s in self.segments)
+        moved = (replace(s, start=s.start + offset) for s in self.segments)
         return VisualLayout(self.batch_size, tuple(moved))
 
     def expanded(self, batch_size: int) -> VisualLayout:
@@ -102,7 +106,7 @@ class VisualLayout:
             raise LayoutError(f"layout: got a batch of {batch_size}, expected a multiple of {self.batch_size}")
         times = batch_size // self.batch_size
         repeated = (
-            Segment(s.sample * times + k, s.start, s.frames, s.height, s.width)
+            replace(s, sample=s.sample * times + k)
             for sample in range(self.batch_size)
             for k in range(times)
             for s in self.segments

@@ -129,14 +129,18 @@ class Packing:
         return Coordinates(*(np.concatenate([v, t], axis=1) for v, t in zip(visual, text)))
 
     def layout_without_padding(self) -> VisualLayout:
-        """The call's segments, positions counted over the real tokens of the call."""
-        places = places_of(self.slots(), self.past + self.length)
+        """The call's segments, positions counted over the real tokens of the call, those that left among them."""
+        whole = self._over(visual_coordinates(self.layout))
+        places = places_of(whole.slots(), self.past + self.length)
         moved = (replace(s, start=int(places[s.sample, s.start])) for s in self.layout.segments)
         return VisualLayout(self.batch, tuple(moved))
 
     def keep(self, kept: np.ndarray) -> Packing:
         """The tables with the packed visual rows `kept`, ascending, and all text rows."""
-        visual = self.visual.take(kept)
+        return self._over(self.visual.take(kept))
+
+    def _over(self, visual: Coordinates) -> Packing:
+        """The tables of other visual rows."""
         slots, valid = _visual_slots(self.batch, visual.sample)
         return replace(self, visual=visual, visual_slots=slots, visual_valid=valid)
 

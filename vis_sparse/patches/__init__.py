@@ -24,6 +24,7 @@ from ..plans.measured import KEY as MEASURED
 from ..plans.measured import MeasuredPlan, boldest, from_text
 from ..plans.plan import PlanRecipe, VisualPlan
 from ..plans.scores import Calibration
+from .before import check_family
 from .calibrated import check_heads_file, checked_calibration
 from .decoder import read_decoder
 from .errors import PatchError
@@ -37,7 +38,7 @@ from .saving import carried_block, save_block
 from .scopes import hold
 from .state import PatchState
 from .tower import check_tower, find_tower, read_tower
-from .tower_patch import PatchedTower
+from .tower_patch import PatchedTower, needs_tower
 from .verify import check_behaviour
 from .wraps import check_devices, check_no_wrapper
 
@@ -141,6 +142,7 @@ def patch(
         raise PatchError(str(error)) from None
     if graphs and kernels.name not in ("auto", "torch", "triton"):
         raise PatchError(f"graphs: got True with backend {kernels.name}, expected auto, torch or triton")
+    check_family(family, plans)
     plans, tower = _with_towers(family, outer, plans, heads, kernels)
     state, before = PatchState(family, model, decoder, plans, kernels, whole, graphs), _state(model)
     state.measured, state.tower = measured, tower
@@ -179,7 +181,7 @@ def _with_towers(
     family: Family, outer: nn.Module, plans: Mapping[str, VisualPlan], heads, kernels: Backend
 ) -> tuple[dict[str, VisualPlan], PatchedTower | None]:
     """Plans with their tower sections resolved for the model's encoder, and the encoder under them."""
-    asking = next((plan for plan in plans.values() if plan.tower), None)
+    asking = next((plan for plan in plans.values() if needs_tower(plan)), None)
     if asking is None:
         return dict(plans), None
     kind, module = find_tower(family.towers, outer, asking)
@@ -187,7 +189,7 @@ def _with_towers(
     sizes = len(tower.layers), tower.num_heads, tower.ffn_size
     first = heads if isinstance(heads, str) and heads == "first" else None
     plans = {name: resolve_tower(plan, *sizes, first) for name, plan in plans.items()}
-    return plans, PatchedTower(kind, module, tower, plans, kernels)
+    return plans, PatchedTower(kind, module, tower, plans, kernels, family.merge(outer))
 
 
 def save_plan(model: nn.Module, folder: str | Path) -> None:
@@ -306,13 +308,14 @@ def _patched_text_model(model: nn.Module, asked_by: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class LastCall:
-    """A call that ran in lanes: its segments, columns, columns cached before it, and text rows a sample (those of the
-    longest text)."""
+    """A call that ran in lanes: its segments, columns, columns cached before it, text rows a sample (those of the
+    longest text), and how many of its visual tokens came into the decoder."""
 
     layout: VisualLayout
     length: int
     past: int
     text_length: int
+    entered: int
 
 
 def inspect(model: nn.Module) -> dict[str, Any] | None:
@@ -329,11 +332,12 @@ def inspect(model: nn.Module) -> dict[str, Any] | None:
     name, packing = state.last or (state.default, None)
     counted, last = {}, None
     if packing is not None:
-        last = LastCall(packing.layout, packing.length, packing.past, packing.longest_text)
+        last = LastCall(packing.layout, packing.length, packing.past, packing.longest_text, packing.num_visual)
     if state.last_prompt is not None:
         asked, prompt = state.last_prompt
         plans = {"flops": state.plans[asked], "flops_dense": VisualPlan.dense(len(state.text_model.layers))}
         settings = {"layout": prompt.layout_without_padding(), "text_tokens": prompt.num_text // prompt.batch}
+        settings["duplicates"] = 1 - prompt.num_visual / prompt.layout.num_visual
         counted = {kind: flops(_base(model), plan, **settings).total for kind, plan in plans.items()}
     return {
         "plan": state.plans[name],

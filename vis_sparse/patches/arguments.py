@@ -26,7 +26,7 @@ _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "se
 class Asked(NamedTuple):
     """A call in lanes: its plan's name, its own segments, its columns and those cached before; the mask of all of them,
     on the host, or as it was given to a decode step (one column of text after a cache of lanes). capacity: columns of a
-    static cache."""
+    static cache. kept: the packed visual rows that come into the decoder, None for all."""
 
     name: str
     layout: VisualLayout
@@ -36,6 +36,7 @@ class Asked(NamedTuple):
     is_step: bool
     bound: Bound
     capacity: int | None
+    kept: np.ndarray | None = None
 
 
 def check_arguments(config, attention_mask, position_ids, cache, length: int, past: int, kwargs: dict) -> None:

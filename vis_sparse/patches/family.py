@@ -20,11 +20,13 @@ _NO_LABEL = -100
 
 @dataclass
 class Running:
-    """What is known of a call while it runs. prompt_ends: (batch or 1,) columns behind the prompts. plan: its name."""
+    """What is known of a call while it runs. prompt_ends: (batch or 1,) columns behind the prompts. plan: its name.
+    said: by modality, what the vision tower said of its tokens, (tokens,)."""
 
     layout: VisualLayout | None = None
     plan: str | None = None
     prompt_ends: np.ndarray | None = None
+    said: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @torch.compiler.disable
@@ -55,6 +57,11 @@ def fits(outer: nn.Module) -> None:
     """No model of the classes is refused."""
 
 
+def one(outer: nn.Module) -> int:
+    """Every patch is a token."""
+    return 1
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of models. `placeholders.family` makes one for processors that put a placeholder for each visual token.
@@ -65,7 +72,8 @@ class Family:
     patch's state, what stood there, and the call's arguments. outer_model(model): the module whose arguments tell the
     layout. text_model(outer): the decoder. auto_plan: the plan that "auto" stands for. check(outer): raises PatchError
     for a model of these classes that the family does not know how to read. towers: the kinds of vision encoders that
-    run under a plan's tower section.
+    run under a plan's tower section. merge(outer): patches on a side of a token. not_before: orders of
+    `TokensBefore` that its tokens cannot be chosen by, and why.
     """
 
     classes: tuple[str, ...]
@@ -76,3 +84,5 @@ class Family:
     auto_plan: str = "auto"
     check: Callable[[nn.Module], None] = fits
     towers: tuple[TowerKind, ...] = ()
+    merge: Callable[[nn.Module], int] = one
+    not_before: Mapping[str, str] = field(default_factory=dict)

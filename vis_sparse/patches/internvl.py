@@ -18,6 +18,15 @@ def _grids(outer: nn.Module, arguments: dict) -> list[Grid]:
     return [(1, height, width)] * len(pixels)
 
 
+def _merge(outer: nn.Module) -> int:
+    return round(1 / outer.config.downsample_ratio)
+
+
 INTERNVL = family(
-    "InternVLForConditionalGeneration", "InternVLModel", towers=(INTERN_VIT,), image=Visual("pixel_values", _grids)
+    "InternVLForConditionalGeneration",
+    "InternVLModel",
+    towers=(INTERN_VIT,),
+    merge=_merge,
+    not_before={"change": "its calls do not tell the frames of a video from the tiles of an image"},
+    image=Visual("pixel_values", _grids),
 )

@@ -65,13 +65,18 @@ def _onevision_frames(outer: nn.Module, arguments: dict) -> list[Grid]:
     return [(frames, side, side), (1, 1, 1)] * videos
 
 
+_OF_TILES = "the tokens of its tiles are put together, cut and pooled behind the tower"
+_NOT_BEFORE = {"duplicate": _OF_TILES, "received": _OF_TILES}
 _NEXT = Visual("pixel_values", _next_grids)
 
-LLAVA_NEXT = family("LlavaNextForConditionalGeneration", "LlavaNextModel", towers=TOWERS, image=_NEXT)
+LLAVA_NEXT = family(
+    "LlavaNextForConditionalGeneration", "LlavaNextModel", towers=TOWERS, not_before=_NOT_BEFORE, image=_NEXT
+)
 LLAVA_NEXT_VIDEO = family(
     "LlavaNextVideoForConditionalGeneration",
     "LlavaNextVideoModel",
     towers=TOWERS,
+    not_before=_NOT_BEFORE,
     image=_NEXT,
     video=Visual("pixel_values_videos", _pooled_frames),
 )
@@ -79,6 +84,7 @@ LLAVA_ONEVISION = family(
     "LlavaOnevisionForConditionalGeneration",
     "LlavaOnevisionModel",
     towers=TOWERS,
+    not_before=_NOT_BEFORE,
     image=Visual("pixel_values", _onevision_grids),
     video=Visual("pixel_values_videos", _onevision_frames),
 )

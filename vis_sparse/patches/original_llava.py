@@ -159,4 +159,5 @@ ORIGINAL_LLAVA = Family(
     {"prepare_inputs_labels_for_multimodal": _note_layout, "generate": _generate},
     outer_model=itself,
     text_model=attrgetter("model"),
+    not_before=dict.fromkeys(("duplicate", "received"), "its vision tower does not run under plans"),
 )

@@ -7,15 +7,16 @@ of a patched model note the grids on what they return.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
 
-from ..executor.transformers_internals import note_grids, noted_grids
+from ..executor.transformers_internals import note, noted_grids
 from ..layout.layout import LayoutError, VisualLayout
-from .family import Family, bound, fits
+from .before import listening
+from .family import Family, bound, fits, one
 from .scopes import held
 from .tower import TowerKind
 
@@ -33,16 +34,22 @@ class Visual:
 
 
 def family(
-    *classes: str, check: Callable[[nn.Module], None] = fits, towers: tuple[TowerKind, ...] = (), **visuals: Visual
+    *classes: str,
+    check: Callable[[nn.Module], None] = fits,
+    towers: tuple[TowerKind, ...] = (),
+    merge: Callable[[nn.Module], int] = one,
+    not_before: Mapping[str, str] | None = None,
+    **visuals: Visual,
 ) -> Family:
     """The family of `classes` with its modalities by transformers' names: image=, video=.
 
     Placeholders are the config's `image_token_id`, `video_token_id`; encoders `get_image_features`, ...
     """
     methods = {
-        (method := f"get_{name}_features"): functools.partial(_note, visual, method) for name, visual in visuals.items()
+        f"get_{name}_features": functools.partial(_note, visual, name) for name, visual in visuals.items()
     }
-    return Family(classes, functools.partial(_read_layout, visuals), methods, check=check, towers=towers)
+    of_class = {"check": check, "towers": towers, "merge": merge, "not_before": not_before or {}}
+    return Family(classes, functools.partial(_read_layout, visuals), methods, **of_class)
 
 
 def _read_layout(visuals: dict[str, Visual], outer, arguments: dict, past: int) -> VisualLayout | None:
@@ -56,7 +63,7 @@ def _read_layout(visuals: dict[str, Visual], outer, arguments: dict, past: int) 
             continue
         columns = _columns(input_ids == getattr(outer.config, f"{name}_token_id"))
         for sample, placed in zip(samples, _place(columns, grids, name), strict=True):
-            sample += [(start + past, grid) for start, grid in placed]
+            sample += [(start + past, grid, name) for start, grid in placed]
     return VisualLayout.from_grids(samples)
 
 
@@ -110,11 +117,17 @@ def _size(grid: Grid) -> int:
 
 
 def _note(visual: Visual, name: str, state, plain: Callable, *args, **kwargs):
-    """An encoder method, which notes the grids of what it encoded on its output."""
+    """The encoder method of a modality, which notes on its output the grids of what it encoded, and what the tower said
+    of their tokens."""
     wants_tuple = kwargs.get("return_dict") is False
-    output = plain(*args, **(kwargs | {"return_dict": True} if wants_tuple else kwargs))
-    method = getattr(type(state.outer), name)
+    with listening() as said:
+        output = plain(*args, **(kwargs | {"return_dict": True} if wants_tuple else kwargs))
+    said = np.concatenate(said) if said else None
+    if said is not None and state.running is not None:
+        state.running.said[name] = said
+    method = getattr(type(state.outer), f"get_{name}_features")
     # `generate` hands the output on, and hooks of accelerate hand on a copy
     travels = held(state.text_model, "generating") is not None
-    note_grids(output, visual.grids(state.outer, bound(method, state.outer, args, kwargs)), travels and not wants_tuple)
+    grids = visual.grids(state.outer, bound(method, state.outer, args, kwargs))
+    note(output, grids, said, travels and not wants_tuple)
     return output.to_tuple() if wants_tuple else output

@@ -9,7 +9,7 @@ from .tower_qwen import QWEN2_5_TOWER, QWEN2_TOWER, QWEN3_TOWER
 
 
 def _merged(outer: nn.Module, grid_thw) -> list[Grid]:
-    merge = outer.config.vision_config.spatial_merge_size
+    merge = _merge(outer)
     return [(frames, height // merge, width // merge) for frames, height, width in grid_thw.tolist()]
 
 
@@ -28,6 +28,10 @@ def _frame_grids(outer: nn.Module, arguments: dict) -> list[Grid]:
     return [(1, *grid[1:]) for grid in _video_grids(outer, arguments) for _ in range(grid[0])]
 
 
+def _merge(outer: nn.Module) -> int:
+    return outer.config.vision_config.spatial_merge_size
+
+
 _IMAGE = Visual("pixel_values", _image_grids)
 
 QWEN2_VL = family(
@@ -36,6 +40,7 @@ QWEN2_VL = family(
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen2_5_VLModel",
     towers=(QWEN2_TOWER, QWEN2_5_TOWER),
+    merge=_merge,
     image=_IMAGE,
     video=Visual("pixel_values_videos", _video_grids),
 )
@@ -43,6 +48,8 @@ QWEN3_VL = family(
     "Qwen3VLForConditionalGeneration",
     "Qwen3VLModel",
     towers=(QWEN3_TOWER,),
+    merge=_merge,
+    not_before={"change": "each frame of its videos is a grid of its own, with a timestamp before it"},
     image=_IMAGE,
     video=Visual("pixel_values_videos", _frame_grids),
 )

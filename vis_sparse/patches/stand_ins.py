@@ -7,7 +7,7 @@ from contextvars import ContextVar
 import numpy as np
 import torch
 
-from ..executor.transformers_internals import cache_among, is_fixed, named_as_before, traced_as_before
+from ..executor.transformers_internals import cache_among, is_fixed, named_as_before, noted_said, traced_as_before
 from ..layout.layout import VisualLayout
 from .arguments import unbound
 from .errors import PatchError
@@ -60,6 +60,8 @@ def _read_layout(state, args, kwargs) -> VisualLayout | None:
     arguments = bound(type(state.outer).forward, state.outer, args, kwargs)
     past = cache_among(arguments)
     state.running.plan = state.plan_of(past) if state.tower is not None else None
+    for name, encoded in (arguments.get("mm_encoder_outputs") or {}).items():
+        state.running.said[name] = noted_said(encoded)
     return state.family.read_layout(state.outer, arguments, 0 if past is None else past.get_seq_length())
 
 
@@ -73,7 +75,7 @@ def labelled_forward(state, plain, *args, **kwargs):
 def _labelled_around_lanes(state, plain, *args, **kwargs):
     """The whole model's forward: labels tell where the prompt ends."""
     args = unbound(state.model, args)
-    if not any(executor.ranks_by_text for executor in state.executors.values()):
+    if not any(executor.asks_for_prompts for executor in state.executors.values()):
         return plain(*args, **kwargs)
     arguments = bound(type(state.model).forward, state.model, args, kwargs)
     labels, past = arguments.get("labels"), cache_among(arguments)

@@ -41,6 +41,7 @@ from ..plans.measured import MeasuredPlan
 from ..plans.plan import VisualPlan
 from . import stand_ins
 from .arguments import Asked, added_rows, check_arguments, check_mask, host_mask, planes, wants_hidden
+from .before import tokens_of_call
 from .errors import PatchError
 from .family import Family, Running
 from .saving import save_pretrained
@@ -285,6 +286,8 @@ class PatchState:
         cos, sin = self.text_model.rotary_emb(inputs_embeds, position_ids=planes(config, position_ids))
         collected = [] if wants_hidden(config, kwargs) else None
         added = added_rows(kwargs.get("deepstack_visual_embeds"), layout, inputs_embeds)
+        if executor.plan.before is not None and layout.segments:
+            asked, added = self._taking_in(asked, inputs_embeds, added)
         rows, replays = (inputs_embeds, cos, sin), collected is None and self._replays(asked, inputs_embeds.device)
         if replays and asked.is_step:
             hidden = self.graphs[name][0].step(cache_layers(past_key_values), asked.bound, rows, asked.mask)
@@ -298,6 +301,17 @@ class PatchState:
         collected = None if collected is None else (*collected, hidden)
         output = output_of(hidden, past_key_values, collected)
         return output.to_tuple() if kwargs.get("return_dict") is False else output
+
+    @torch.compiler.disable
+    def _taking_in(self, asked: Asked, embeds: torch.Tensor, added: list) -> tuple[Asked, list]:
+        """A call whose plan says which visual tokens come in, with those, and what is added to their rows."""
+        said = {} if self.running is None else self.running.said
+        ends = self.prompt_ends(asked.layout.batch_size)
+        kept = tokens_of_call(self.plans[asked.name].before, asked, embeds, said, ends)
+        if kept is None:
+            return asked, added
+        rows = torch.from_numpy(kept).to(embeds.device)
+        return asked._replace(kept=kept), [each.index_select(0, rows) for each in added]
 
     def _replays(self, asked: Asked, device: torch.device) -> bool:
         """Whether a call on a device may run as a graph: decode steps, and prompts whose tables know no values."""
@@ -331,7 +345,7 @@ class PatchState:
         if asked.capacity is not None:
             for layer in layers:
                 layer.fix(asked.capacity)
-        return hidden, call.packing
+        return hidden, call.packing if asked.is_step else call.in_sequence
 
     def _takes_step(self, cache) -> bool:
         """Whether a call of one column on a static cache is a decode step, told without a look at how full it is."""
@@ -363,7 +377,7 @@ class PatchState:
             return executor.step(layers, mask, device), layers
         layers = None if cache is None else self._cache_layers(name, cache, batch, past, mask)
         ends = self.prompt_ends(batch) if executor.ranks_by_text and layout.segments else None
-        tables = (None if table is None else table.tobytes() for table in (mask, ends))
+        tables = (None if table is None else table.tobytes() for table in (mask, ends, asked.kept))
         key = None if past else (name, layout, length, device, general, *tables)
         call = None if key is None else self.kept_calls.get(key)
         if call is None:
@@ -371,9 +385,13 @@ class PatchState:
             packing = pack(layout, length, past, own, bucket if general else None)
             ranks = None if ends is None else ranking_rows(packing, ends)
             executor.check(packing, ranks)
+            packing = packing if asked.kept is None else packing.keep(asked.kept)
             book = layers[0].book if layers else executor.new_cache_layers(batch)[0].book
             book.append(packing.slots(), length)
-            call = Call.over(packing, book, mask, device, ranks, general)
+            if asked.kept is None:
+                call = Call.over(packing, book, mask, device, ranks, general)
+            else:
+                call = Call.over_left(packing, book, mask, device, ranks)
             if key is not None:
                 self.kept_calls.keep(key, call)
         elif layers is not None:

@@ -38,8 +38,9 @@ class TowerKind:
     classes: of the encoder. path: where it is, from the outer model. blocks: where its list of layers may be, from the
     encoder. places: the parts of `TowerLayer`, from a layer; those that a layer does not have are left out. attention:
     the module of a layer that knows its heads. rows(tower, arguments): where the rows of a call of the encoder lie.
-    block_arguments(rows, cos, sin): what its layers are called with beside the hidden states of `rows`. is_batched:
-    whether those are (images, rows, hidden), else (rows, hidden).
+    block_arguments(rows, cos, sin): what its layers are called with beside the hidden states of `rows`. pixels(tower,
+    arguments, merge): what the encoder is given of every token of merge x merge patches, (tokens, values), image after
+    image in raster order. is_batched: whether hidden states are (images, rows, hidden), else (rows, hidden).
     """
 
     classes: tuple[str, ...]
@@ -49,6 +50,7 @@ class TowerKind:
     attention: str
     rows: Callable[[nn.Module, dict], TowerRows]
     block_arguments: Callable[[TowerRows, torch.Tensor, torch.Tensor], dict]
+    pixels: Callable[[nn.Module, dict, int], torch.Tensor]
     scales: tuple[str, str] | None = None
     is_windowed: Callable[[nn.Module, int], bool] = _never
     has_globals: bool = False

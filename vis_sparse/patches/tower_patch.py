@@ -9,12 +9,15 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
+from ..executor.before_scores import distinct, token_patches
 from ..executor.kept_calls import KeptCalls
+from ..executor.token_scores import on_host
 from ..executor.tower import Tower, TowerExecutor, TowerRun
-from ..executor.tower_tables import TowerTables
+from ..executor.tower_tables import TowerRows, TowerTables
 from ..kernels import Backend
 from ..plans.plan import VisualPlan
 from .arguments import unbound
+from .before import say
 from .errors import PatchError
 from .family import bound
 from .scopes import held
@@ -26,14 +29,31 @@ _RUN: ContextVar[tuple[PatchedTower, TowerRun | None] | None] = ContextVar("vis_
 _OF_THE_LAST = ("last_hidden_state", "pooler_output")
 
 
+def needs_tower(plan: VisualPlan) -> bool:
+    """Whether the encoder runs under a plan: for a section of its own, or to say which tokens come in."""
+    return plan.tower is not None or plan.before is not None and plan.before.needs_tower
+
+
 class PatchedTower:
-    """An encoder with an executor for each plan that has a tower section, its tower resolved."""
+    """An encoder with an executor for each plan that needs it, its tower section, if it has one, resolved.
+
+    merge: patches on a side of a token.
+    """
 
     def __init__(
-        self, kind: TowerKind, module: nn.Module, tower: Tower, plans: Mapping[str, VisualPlan], backend: Backend
+        self,
+        kind: TowerKind,
+        module: nn.Module,
+        tower: Tower,
+        plans: Mapping[str, VisualPlan],
+        backend: Backend,
+        merge: int,
     ):
-        self.kind, self.module, self.tower = kind, module, tower
-        self.executors = {name: TowerExecutor(tower, plan.tower, backend) for name, plan in plans.items() if plan.tower}
+        self.kind, self.module, self.tower, self._merge = kind, module, tower, merge
+        whole = VisualPlan.dense(len(tower.layers))
+        needing = {name: plan for name, plan in plans.items() if needs_tower(plan)}
+        self.executors = {name: TowerExecutor(tower, plan.tower or whole, backend) for name, plan in needing.items()}
+        self._before = {name: plan.before for name, plan in needing.items()}
         self._blocks = list(blocks_of(kind, module))
         self.kept_calls = KeptCalls()
 
@@ -54,7 +74,10 @@ class PatchedTower:
             yield block, "forward", functools.partial(_block_forward, index)
 
     def run(self, name: str, arguments: dict) -> TowerRun | None:
-        """The layers' part in a call under a plan; None if the plan has no tower section."""
+        """The layers' part in a call under a plan; None if the plan does not need the encoder.
+
+        Duplicates leave here, and are said to.
+        """
         executor = self.executors.get(name)
         if executor is None:
             return None
@@ -81,7 +104,27 @@ class PatchedTower:
         if tables is None:
             tables = TowerTables.of(rows, device)
             self.kept_calls.keep(key, tables)
-        return TowerRun(executor, tables, self.last_read(arguments) - 1)
+        before = self._before[name]
+        if before is not None and before.by == "duplicate":
+            tables = self._without_duplicates(before.tolerance, rows, tables, arguments)
+        scored = before is not None and before.by == "received"
+        return TowerRun(executor, tables, self.last_read(arguments) - 1, scored)
+
+    def _without_duplicates(self, tolerance: float, rows: TowerRows, tables: TowerTables, arguments: dict):
+        patches = token_patches(rows, self._merge)
+        pixels = self.kind.pixels(self.module, arguments, self._merge)
+        stays = distinct(pixels.detach(), rows, patches, self._merge, tolerance)
+        say(stays.astype(float))
+        return tables if stays.all() else tables.only(patches[stays].ravel())
+
+    def say_received(self, run: TowerRun, arguments: dict) -> None:
+        """The attention that tokens received in a call, the mean over their patches, is said."""
+        if run.received is None:
+            raise PatchError(
+                "before: got a vision tower of which no layer runs, expected one (by received, its last one decides)"
+            )
+        patches = token_patches(self.kind.rows(self.module, arguments), self._merge)
+        say(on_host(run.received)[patches].mean(1))
 
     def last_read(self, arguments: dict) -> int:
         """The last hidden state that somebody reads of a call, counted from 0 for what goes into the first layer.
@@ -108,6 +151,8 @@ def _tower_forward(state, plain, *args, **kwargs):
         output = plain(*args, **kwargs)
     finally:
         _RUN.reset(token)
+    if run is not None and run.is_scored:
+        tower.say_received(run, arguments)
     if run is None or tower.last_read(arguments) == len(tower._blocks):
         return output
     # what would be made of a layer that did not run is empty, not stale

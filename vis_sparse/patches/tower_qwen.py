@@ -56,6 +56,11 @@ def _is_windowed(tower: nn.Module, index: int) -> bool:
     return index not in tower.fullatt_block_indexes
 
 
+def _pixels(tower: nn.Module, arguments: dict, merge: int) -> torch.Tensor:
+    # (rows, values), merged patch by merged patch
+    return arguments["hidden_states"].unflatten(0, (-1, merge**2)).flatten(1)
+
+
 def _of_rows(rows: TowerRows, cos: torch.Tensor, sin: torch.Tensor) -> dict:
     ends = np.append(0, np.cumsum(np.bincount(rows.sequence)))
     cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=cos.device)
@@ -63,7 +68,7 @@ def _of_rows(rows: TowerRows, cos: torch.Tensor, sin: torch.Tensor) -> dict:
 
 
 def _kind(name: str, ffn: dict[str, str], **more) -> TowerKind:
-    settings = {"rows": _merged_patches, "block_arguments": _of_rows, "is_batched": False, **more}
+    settings = {"rows": _merged_patches, "block_arguments": _of_rows, "pixels": _pixels, "is_batched": False, **more}
     return TowerKind((name,), "visual", ("blocks",), _PLACES | ffn, "attn", **settings)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import nn
 
 from ..executor.tower_tables import TowerRows
@@ -40,6 +41,15 @@ def _without(tower: nn.Module, arguments: dict) -> TowerRows:
     return _patches(tower, arguments, 0)
 
 
+def _pixels(tower: nn.Module, arguments: dict, merge: int) -> torch.Tensor:
+    pixels, patch = arguments["pixel_values"], tower.config.patch_size
+    sides = patch if isinstance(patch, list | tuple) else (patch, patch)
+    down, across = (side * merge for side in sides)
+    height, width = (count // side for count, side in zip(pixels.shape[-2:], (down, across)))
+    pixels = pixels[..., : height * down, : width * across].unflatten(-2, (height, down)).unflatten(-1, (width, across))
+    return pixels.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
+
+
 def _masked(rows: TowerRows, cos, sin) -> dict:
     return {"attention_mask": None}
 
@@ -56,9 +66,12 @@ CLIP = TowerKind(
     "self_attn",
     _with_class_token,
     _masked,
+    _pixels,
     has_globals=True,
 )
-SIGLIP = TowerKind(("SiglipVisionModel",), "vision_tower", _CLIP_BLOCKS, _CLIP_PLACES, "self_attn", _without, _masked)
+SIGLIP = TowerKind(
+    ("SiglipVisionModel",), "vision_tower", _CLIP_BLOCKS, _CLIP_PLACES, "self_attn", _without, _masked, _pixels
+)
 INTERN_VIT = TowerKind(
     ("InternVLVisionModel",),
     "vision_tower",
@@ -79,6 +92,7 @@ INTERN_VIT = TowerKind(
     "attention",
     _with_class_token,
     _nothing,
+    _pixels,
     scales=("lambda_1", "lambda_2"),
     has_globals=True,
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import yaml_format
+from .before import TokensBefore
 from .layer_plan import (
     HeadBudget,
     LayerPlan,
@@ -53,7 +54,8 @@ class VisualPlan:
     semantics "exclude": softmax runs over what is read, nothing else exists. "zero": the official code's arithmetic
     (arXiv 2410.06169), in which unread visual keys stay in the softmax's denominator and visual rows go on to the end.
     tower: what patches compute in the vision encoder (docs/tower.md), a plan of its layers or a recipe of one, whose
-    name becomes "tower"; None: the encoder is the unpatched model's.
+    name becomes "tower"; None: the encoder is the unpatched model's. before: which visual tokens come into the decoder;
+    None (also for a share of 1): all.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -61,6 +63,7 @@ class VisualPlan:
     about: str = ""
     semantics: str = "exclude"
     tower: VisualPlan | PlanRecipe | None = None
+    before: TokensBefore | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -68,6 +71,7 @@ class VisualPlan:
             raise PlanError("layers: expected one LayerPlan a decoder layer, at least one")
         if not isinstance(self.semantics, str) or self.semantics not in SEMANTICS:
             raise PlanError(f"semantics: got {brief(self.semantics)}, expected one of {', '.join(SEMANTICS)}")
+        object.__setattr__(self, "before", _checked_before(self.before, self.semantics))
         self._check_tokens()
         object.__setattr__(self, "tower", _checked_tower(self.tower))
 
@@ -78,11 +82,12 @@ class VisualPlan:
                 f"layer {budgets[0][0]}: tokens: got a share to keep under semantics 'zero', expected 'exclude' "
                 "(in the official arithmetic every visual row goes on to the end)"
             )
-        for index, budget in budgets[1:]:
+        for index, budget in budgets if self.before else budgets[1:]:
             if budget.by == "stride":
+                where = "before the decoder" if self.before else f"in layer {budgets[0][0]}"
                 raise PlanError(
-                    f"layer {index}: tokens.by: got stride after tokens left in layer {budgets[0][0]}, expected whole "
-                    "grids (stride may only come first)"
+                    f"layer {index}: tokens.by: got stride after tokens left {where}, expected whole grids (stride may "
+                    "only come first)"
                 )
 
     @property
@@ -91,7 +96,7 @@ class VisualPlan:
 
     @property
     def is_dense(self) -> bool:
-        return all(layer.is_dense for layer in self.layers)
+        return self.before is None and all(layer.is_dense for layer in self.layers)
 
     def replace(self, **changes: Any) -> VisualPlan:
         """A copy with the given fields changed."""
@@ -220,7 +225,7 @@ class VisualPlan:
     def as_recipe(self) -> PlanRecipe:
         """The recipe that gives this plan, for a model of its depth alone."""
         entries = tuple((str(index), layer) for index, layer in enumerate(self.layers))
-        sizes = {"num_layers": self.num_layers, "tower": self.tower}
+        sizes = {"num_layers": self.num_layers, "tower": self.tower, "before": self.before}
         return PlanRecipe(self.name, self.about, self.semantics, entries=entries, **sizes)
 
 
@@ -254,7 +259,7 @@ class PlanRecipe:
     entries: (layer range, changes) pairs in file order. A range is an index ("4"), indices ("2-15", inclusive), a
     depth range ("50%-100%": the layers l with 0.5 <= l/L < 1), one with an open end ("2-"), or the last layer before a
     depth ("<50%"). Changes are LayerPlan fields laid over what the earlier entries gave, or a whole LayerPlan (for
-    "off"). tower: as a `VisualPlan` has it.
+    "off"). tower, before: as a `VisualPlan` has them.
     """
 
     name: str
@@ -264,9 +269,11 @@ class PlanRecipe:
     entries: tuple[tuple[str, Mapping[str, Any] | LayerPlan], ...] = field(default=())
     num_layers: int | None = None
     tower: VisualPlan | PlanRecipe | None = None
+    before: TokensBefore | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tower", _checked_tower(self.tower))
+        object.__setattr__(self, "before", _checked_before(self.before, self.semantics))
 
     def whole_first(self, count: int) -> PlanRecipe:
         """The same plan with its first `count` layers whole: every head, full attention, the whole FFN, read by text.
@@ -298,17 +305,30 @@ class PlanRecipe:
                         layers[index] = dataclasses.replace(layers[index], **changes)
             except PlanError as error:
                 raise PlanError(f"plan {self.name!r}: {error}") from None
-        return VisualPlan(tuple(layers), self.name, self.about, self.semantics, self.tower)
+        return VisualPlan(tuple(layers), self.name, self.about, self.semantics, self.tower, self.before)
+
+
+def _checked_before(before, semantics: str) -> TokensBefore | None:
+    if not isinstance(before, TokensBefore | None):
+        raise PlanError(f"before: got {brief(before)}, expected {{keep: share, by: order}} or {{by: duplicate}}")
+    if before is None or before.keep == 1:
+        return None
+    if semantics == "zero":
+        raise PlanError(
+            f"before: got {before.to_data()} under semantics 'zero', expected 'exclude' (in the official "
+            "arithmetic every visual row goes on to the end)"
+        )
+    return before
 
 
 def _checked_tower(tower):
     """`tower` under the name that errors call it by. Raises PlanError for what is no plan of an encoder's layers."""
     if tower is None:
         return None
-    if not isinstance(tower, VisualPlan | PlanRecipe) or tower.tower is not None or tower.semantics != "exclude":
+    if not isinstance(tower, VisualPlan | PlanRecipe) or not _may_be_tower(tower):
         raise PlanError(
             f"tower: got {brief(tower)}, expected a plan or a recipe for the encoder's layers, of semantics 'exclude' "
-            "and without a tower of its own"
+            "and without a tower of its own or tokens that leave before it"
         )
     if isinstance(tower, VisualPlan):
         named = list(enumerate(tower.layers))
@@ -321,6 +341,10 @@ def _checked_tower(tower):
         except PlanError as error:
             raise PlanError(f"tower: layers {where}: {error}") from None
     return dataclasses.replace(tower, name="tower", about="")
+
+
+def _may_be_tower(plan: VisualPlan | PlanRecipe) -> bool:
+    return plan.tower is None and plan.before is None and plan.semantics == "exclude"
 
 
 def recipe_of(fields: Mapping[str, Any]) -> PlanRecipe:
@@ -340,7 +364,7 @@ def read_recipe(source: str | Path) -> PlanRecipe:
         tower = recipe.tower.entries if isinstance(recipe.tower, PlanRecipe) else ()
         for spec, _ in (*recipe.entries, *tower):
             layer_range(spec, 10**6)  # a malformed range is refused here, not when a model comes along
-        VisualPlan((recipe.default,), semantics=recipe.semantics)
+        VisualPlan((recipe.default,), semantics=recipe.semantics, before=recipe.before)
     except PlanError as error:
         raise PlanError(f"{origin}: {str(error).split('; ')[0]}") from None
     return recipe

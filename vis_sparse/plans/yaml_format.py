@@ -12,6 +12,7 @@ from types import MappingProxyType
 import yaml
 
 from .atomic_write import is_file
+from .before import TokensBefore
 from .layer_plan import (
     HeadBudget,
     HeadFile,
@@ -26,7 +27,7 @@ from .layer_plan import (
 )
 
 _TOWER_KEYS = ("num_layers", "default", "layers")
-_PLAN_KEYS = ("name", "about", "semantics", *_TOWER_KEYS, "tower")
+_PLAN_KEYS = ("name", "about", "semantics", *_TOWER_KEYS, "tower", "before")
 _LAYER_KEYS = tuple(f.name for f in dataclasses.fields(LayerPlan))
 # What PyYAML raises for numbers, dates and booleans that are none, and for text nested too deeply.
 _WRONG_VALUES = (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError)
@@ -80,6 +81,7 @@ def _fields(data: dict) -> dict:
         "semantics": data.get("semantics", "exclude"),
         **_layers(data),
         "tower": _tower(data.get("tower")),
+        "before": _before(data.get("before")),
     }
 
 
@@ -94,6 +96,18 @@ def _tower(data) -> dict | None:
         return _layers(data, {"direction": "both"})
     except PlanError as error:
         raise PlanError(f"tower: {error}") from None
+
+
+def _before(value) -> TokensBefore | None:
+    if value is None or value == "all":
+        return None
+    keys = tuple(f.name for f in dataclasses.fields(TokensBefore))
+    if not isinstance(value, dict):
+        raise PlanError(f"before: got {brief(value)}, expected 'all' or the keys {', '.join(keys)}")
+    _known(value, keys, "before")
+    if "by" not in value:
+        raise PlanError("before: by is missing")
+    return TokensBefore(**value)
 
 
 def _layers(data: dict, near: Mapping = MappingProxyType({})) -> dict:
@@ -204,6 +218,8 @@ def plan_data(plan) -> dict:
     """A `VisualPlan` as a file holds it, runs of equal layers once."""
     named = {"name": plan.name, "about": plan.about, "semantics": plan.semantics}
     data = {**named, "num_layers": plan.num_layers, "layers": _runs(plan.layers)}
+    if plan.before is not None:
+        data["before"] = plan.before.to_data()
     return data if plan.tower is None else data | {"tower": _tower_data(plan.tower)}
 
 

@@ -66,6 +66,11 @@ def _check(plan: VisualPlan) -> None:
             f"{where}: tower: got a section for the vision encoder, expected none (the engine runs an encoder of its "
             "own; run the plan with vis_sparse.patch)"
         )
+    if plan.before is not None:
+        raise ServingError(
+            f"{where}: before: got {plan.before.to_data()}, expected all tokens (the engine gives every visual token "
+            "of a prompt its slot before anybody knows which ones come in; run the plan with vis_sparse.patch)"
+        )
     for index, layer in enumerate(plan.layers):
         here = f"{where}, layer {index}"
         if isinstance(layer.attention, Neighborhood):
