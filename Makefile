@@ -100,7 +100,7 @@ $(VLLM)/.ready: setup.py constraints-vllm.txt
 	touch $@
 
 test-vllm: $(VLLM)/.ready
-	$(VLLM)/bin/python -m pytest -q -W ignore --show-capture=no --durations=5 tests/serving/engine
+	$(VLLM)/bin/python -m pytest -n 2 --dist loadfile -q -W ignore --show-capture=no --durations=12 tests/serving/engine
 
 soak-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m tests.serving.engine.soak $(SOAK)

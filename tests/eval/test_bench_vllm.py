@@ -20,7 +20,7 @@ def found(monkeypatch):
     @contextlib.contextmanager
     def server(folder, block, dtype, users, log):
         calls.append(("up", block))
-        yield 1 if block is None else 2
+        yield lambda: 1 if block is None else 2
 
     def ask(port, users, requests, text_tokens, new_tokens, image_size, seed):
         calls.append((port, users, requests, seed))

@@ -79,10 +79,11 @@ def bench_vllm(
             folder = random_llava(Path(scratch) / "llava", side=SIDE, **sizes)
         most = max(concurrency)
         told = {"dense": None, plan: {} if plan == UNTOLD else {"plan": plan}}
-        ports = {
+        servers = {  # they start side by side
             name: running.enter_context(_server(folder, block, dtype, most, Path(scratch) / f"{place}.log"))
             for place, (name, block) in enumerate(told.items())
         }
+        ports = {name: ready() for name, ready in servers.items()}
         client = running.enter_context(_client(folder, Path(scratch)))
         results, done, turns = [], 0, len(concurrency) * (repeats + 1) * 2
         for users in concurrency:
@@ -121,7 +122,8 @@ def _quartiles(values: list[float]) -> list[float]:
 
 
 @contextmanager
-def _server(folder: Path, block: dict | None, dtype: str, users: int, log: Path) -> Iterator[int]:
+def _server(folder: Path, block: dict | None, dtype: str, users: int, log: Path) -> Iterator[Callable[[], int]]:
+    """A server that starts; what it gives returns its port once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -138,12 +140,16 @@ def _server(folder: Path, block: dict | None, dtype: str, users: int, log: Path)
         command += ["--additional-config", json.dumps({"vis_sparse": block})]
     with open(log, "w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-    try:
+
+    def ready() -> int:
         while not _answers(port):
             if process.poll() is not None:
                 raise EngineError(f"vllm serve ended with {process.returncode}: {_last_error(log)}")
             time.sleep(1)
-        yield port
+        return port
+
+    try:
+        yield ready
     finally:
         process.terminate()
         process.wait()

@@ -28,7 +28,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vis_sparse.eval.lmms.model import load
 from vis_sparse.eval.lmms.run import task_manager
 
-TASKS = ("easy_vqa", "digit_grid_place", "digit_grid_count")
+TASKS = ("easy_vqa", "digit_grid")
 VARIANTS = {"llava": "", "qwen2_vl": "_framed", "internvl": "_tiled"}  # of the tasks: image sizes that a family knows
 NEW_TOKENS = 4  # of the tasks
 BATCH = 64
@@ -39,8 +39,7 @@ ENGINE = dict(
 
 
 def tasks_of(family: str) -> list[str]:
-    variant = VARIANTS[family]
-    return [f"digit_grid{variant}_{t[11:]}" if t.startswith("digit_grid_") else t + variant for t in TASKS]
+    return [task + VARIANTS[family] for task in TASKS]
 
 
 def chat_template(folder: Path) -> str:

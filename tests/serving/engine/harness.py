@@ -11,6 +11,7 @@ os.environ.update(
     VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_NO_USAGE_STATS="1",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
+    OMP_NUM_THREADS="1",  # tests run side by side
     VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # rows are counted by a function sent to the workers
 )
 
