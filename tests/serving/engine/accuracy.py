@@ -1,8 +1,8 @@
 """The same questions by lmms-eval to its own model `vllm` and to this package's on transformers: `make accuracy-vllm`.
 
 vLLM puts no `<s>` before a chat whose template has none, where transformers' processors do; and lmms-eval gives its
-vLLM model at least as many new tokens as that was made with, whatever the task says. CHAT and NEW_TOKENS make both ask
-the same.
+vLLM model at least as many new tokens as that was made with, whatever the task says. `chat_template` and NEW_TOKENS
+make both ask the same.
 
 Prints a line a task and plan: how often each is right, and which answers differ. Exits with 1 if any does.
 """

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from vis_sparse.eval.random_checkpoint import random_llava
+from vis_sparse.eval.tiny.words import BOS
 
 from .harness import TOLERANCE, Reference, picture, plan_files, text
 from .running import DEFAULT
@@ -138,6 +139,13 @@ def test_stream(server, against, plans):
     prompt = next(event["prompt_token_ids"] for event in events if event.get("prompt_token_ids"))
     assert len(chosen) > 3 and len(entries) == 5
     assert farthest(against, plans, "mix", [picture(30)], prompt, entries) < TOLERANCE
+
+
+def test_a_chat_begins_with_bos_if_it_is_asked_for(server):
+    """docs/serving.md: vLLM's chats leave out what the tokenizer puts before a text; the request may ask for it."""
+    port, _ = server
+    chat, asked = (json.load(post(port, body(3, 0, None, **more))) for more in ({}, {"add_special_tokens": True}))
+    assert asked["prompt_token_ids"] == [BOS, *chat["prompt_token_ids"]] and chat["prompt_token_ids"][0] != BOS
 
 
 def test_an_unknown_plan_is_the_clients_error(server):
