@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from vis_sparse.serving.kinds import ALL, READ, TEXT
 from vis_sparse.serving.step import FAR, Batch, Step, merged_segments
-from vis_sparse.serving.tables import block_columns, compact_slots, empty_columns, fits_blocks, head_copies, text_tokens
+from vis_sparse.serving.tables import (
+    block_columns,
+    blocks_not_held,
+    compact_slots,
+    empty_columns,
+    fits_blocks,
+    head_copies,
+    text_tokens,
+)
 
 from .paged import Cache, Request, layout_of
 
@@ -102,6 +110,8 @@ def test_a_decode_step_needs_no_row_of_its_own():
 
 def test_what_a_layer_without_visual_keys_has_no_room_for():
     assert empty_columns([(2, 8)], 4) == [1] and empty_columns([(4, 4), (9, 8)], 4) == [1, 3]
+    assert blocks_not_held([(4, 4), (9, 8)], 20, 4, compact=False) == 2
+    assert blocks_not_held([(2, 7)], 20, 4, compact=True) == 1 and blocks_not_held([], 20, 4, compact=True) == 0
     assert empty_columns([(0, 8)], 4) == [0, 1] and empty_columns([(1, 4)], 4) == [] and empty_columns([], 4) == []
     assert [text_tokens([(2, 3), (6, 2)], count) for count in range(10)] == [0, 1, 2, 2, 2, 2, 3, 3, 3, 4]
 

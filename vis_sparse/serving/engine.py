@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, NoReturn
 from .errors import ServingError
 from .metrics import count
 from .requests import ASKED, NOTE, asked_plan, note_of, salted, visual_ranges
-from .savings import Savings, savings_of
+from .savings import Savings, of_one_image, savings_of
 from .settings import KEY, Loaded, TextShape, is_loaded, read_carried, read_settings
+from .step import merged_segments
+from .tables import blocks_not_held
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -104,7 +106,7 @@ def _configured(original, *args, **kwargs):
     read = read_settings if KEY in told else read_carried
     loaded = read(block, shape, cache_block)
     for plan, savings in zip(loaded.plans, savings_of(loaded.kinds(shape), len(loaded.plans), shape)):
-        logger.info("vis_sparse: %s", savings.line(plan.name))
+        logger.info("vis_sparse: %s%s", savings.line(plan.name), of_one_image(vllm_config.model_config.hf_config, plan))
     vllm_config.additional_config = {**told, KEY: loaded.to_block()}
     return vllm_config
 
@@ -170,7 +172,11 @@ def _noted(original, processor, *args, **kwargs):
     request.cache_salt = salted(note, request.cache_salt, desk.loaded, desk.lays_out)
     if note["compact"] and note["plan"] in desk.lays_out:
         params.skip_reading_prefix_cache = True  # its own copies (n > 1) have its salt
-    count(desk.loaded.names[note["plan"]], sum(last + 1 - first for first, last in ranges), desk.savings[note["plan"]])
+    visual, blocks = sum(last + 1 - first for first, last in ranges), 0
+    if note["plan"] in desk.unseen_plans:
+        tokens, block = len(request.prompt_token_ids), desk.loaded.block
+        blocks = desk.unseen_layers * blocks_not_held(merged_segments(ranges), tokens, block, note["compact"])
+    count(desk.loaded.names[note["plan"]], visual, desk.savings[note["plan"]], blocks)
     return request
 
 
@@ -188,10 +194,15 @@ def _refuse(processor, request, error: ServingError) -> NoReturn:
 
 @dataclass(frozen=True)
 class _Desk:
-    """What is known where requests come in."""
+    """What is known where requests come in.
+
+    unseen_layers: how many have block tables of their own, without visual keys, under the plans `unseen_plans`.
+    """
 
     loaded: Loaded
     savings: list[Savings]
+    unseen_layers: int
+    unseen_plans: tuple[int, ...]
 
     @property
     def lays_out(self) -> frozenset[int]:
@@ -202,8 +213,14 @@ def _desk(processor) -> _Desk | None:
     """Of an input processor, made at its first request."""
     if "_vis_sparse_desk" not in processor.__dict__:
         loaded = loaded_plans(processor.vllm_config)
-        if loaded is not None:
-            shape = text_shape(processor.vllm_config)
-            savings = savings_of(loaded.kinds(shape), len(loaded.plans), shape)
-        processor._vis_sparse_desk = None if loaded is None else _Desk(loaded, savings)
+        processor._vis_sparse_desk = None if loaded is None else _desk_of(loaded, processor.vllm_config)
     return processor._vis_sparse_desk
+
+
+def _desk_of(loaded: Loaded, vllm_config: VllmConfig) -> _Desk:
+    from .kv_blocks import has_two_tables, unseen_layers, unseen_plans
+
+    shape = text_shape(vllm_config)
+    layers = loaded.kinds(shape)
+    apart = (len(unseen_layers(layers)), unseen_plans(layers)) if has_two_tables(layers, vllm_config) else (0, ())
+    return _Desk(loaded, savings_of(layers, len(loaded.plans), shape), *apart)

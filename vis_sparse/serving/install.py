@@ -26,7 +26,7 @@ from vllm.platforms import current_platform
 
 from .cuts import CutLinear, Shards
 from .errors import ServingError
-from .kv_blocks import spec_of, worth_two_tables
+from .kv_blocks import has_two_tables, spec_of
 from .lanes import planned_forward
 from .runtime import Runtime
 from .settings import Loaded, TextShape
@@ -53,7 +53,7 @@ def install(model: nn.Module, vllm_config: VllmConfig, loaded: Loaded, shape: Te
     setattr(model, RUNTIME, runtime)
     model.vis_sparse_forward = forward
     model.load_weights = _no_reload
-    if worth_two_tables(runtime.layers) and not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+    if has_two_tables(runtime.layers, vllm_config):
         for index, layer in enumerate(layers):
             _give_spec(layer.self_attn.attn, runtime, index)
     model.get_model_state_cls = lambda: _state_class(runtime)  # what Model Runner V2 asks for

@@ -44,6 +44,23 @@ def worth_two_tables(layers: Sequence[LayerKinds]) -> bool:
     return of_text + of_other <= MOST_GROUPS and group * (of_text + 2 * of_other) < 2 * len(layers)
 
 
+def has_two_tables(layers: Sequence[LayerKinds], vllm_config) -> bool:
+    return worth_two_tables(layers) and not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+
+
+def unseen_layers(layers: Sequence[LayerKinds]) -> list[LayerKinds]:
+    """Those that hold no visual key under the engine's default plan."""
+    return [layer for layer in layers if layer.attention[0] == TEXT]
+
+
+def unseen_plans(layers: Sequence[LayerKinds]) -> tuple[int, ...]:
+    """Plans under which none of those does."""
+    unseen = unseen_layers(layers)
+    return tuple(
+        plan for plan in range(len(layers[0].attention)) if all(layer.attention[plan] == TEXT for layer in unseen)
+    )
+
+
 @dataclass(frozen=True)
 class _Room:
     """Which blocks of a request hold nothing."""
@@ -175,8 +192,4 @@ def spec_of(layers: Sequence[LayerKinds], index: int, spec: FullAttentionSpec) -
     own = {field.name: getattr(spec, field.name) for field in fields(FullAttentionSpec)}
     if layers[index].attention[0] != TEXT:
         return SeenSpec(**own)
-    alike = [layer for layer in layers if layer.attention[0] == TEXT]
-    plans = tuple(
-        plan for plan in range(len(layers[0].attention)) if all(layer.attention[plan] == TEXT for layer in alike)
-    )
-    return UnseenSpec(**own, plans=plans)
+    return UnseenSpec(**own, plans=unseen_plans(layers))

@@ -23,12 +23,13 @@ def _counters():
         ),
         counter("ffn_rows_not_dispatched", "Rows of visual tokens that enter no FFN, over layers (prefix hits in)."),
         counter("keys_not_written", "Keys of visual tokens that are neither computed nor read, over layers."),
+        counter("kv_blocks_not_held", "Blocks of keys that prompts do without, over layers with tables of their own."),
     )
 
 
-def count(plan: str, visual_tokens: int, savings: Savings) -> None:
-    """A request of `plan` with this many visual tokens."""
+def count(plan: str, visual_tokens: int, savings: Savings, blocks: int) -> None:
+    """A request of `plan` with this many visual tokens, which holds `blocks` blocks less, over layers."""
     per_token = (savings.attention_rows, savings.ffn_rows, savings.keys)
-    amounts = [1, visual_tokens, *(visual_tokens * each for each in per_token)]
+    amounts = [1, visual_tokens, *(visual_tokens * each for each in per_token), blocks]
     for counter, amount in zip(_counters(), amounts):
         counter.labels(plan=plan).inc(amount)

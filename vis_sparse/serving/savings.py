@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..cost.flops import flops
+from ..cost.shape_config import shape_of_config
+from ..layout.image_grids import ShapeError
+from ..plans.plan import VisualPlan
 from .kinds import ALL, TEXT, LayerKinds
 from .settings import TextShape
 
@@ -37,6 +41,22 @@ class Savings:
             f"plan {name!r} leaves out, of each visual token, {self.attention_rows} of {self.layers} attention rows, "
             f"{self.ffn_rows:.1f} of {self.layers} FFN rows, and its keys in {self.keys} of {self.layers} layers"
         )
+
+
+def of_one_image(config, plan: VisualPlan, text_tokens: int = 64) -> str:
+    """For the log: what a prompt of one image, of the size that the model's `config` says, costs under `plan`.
+
+    Empty for a model whose images the cost model does not know.
+    """
+    try:
+        shape = shape_of_config(config, config.model_type)
+        ours, dense = (flops(shape, each, text_tokens=text_tokens) for each in (plan, "dense"))
+    except ShapeError:
+        return ""
+    return (
+        f"; of a prompt of one image ({ours.visual_tokens} visual tokens) and {text_tokens} text tokens it computes "
+        f"{100 * ours.prefill.total / dense.prefill.total:.1f} % of the decoder's FLOPs"
+    )
 
 
 def savings_of(layers: Sequence[LayerKinds], plans: int, shape: TextShape) -> list[Savings]:

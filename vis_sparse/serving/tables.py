@@ -40,6 +40,13 @@ def text_tokens(segments: Sequence[tuple[int, int]], count: int) -> int:
     return count - sum(min(max(count - start, 0), length) for start, length in segments)
 
 
+def blocks_not_held(segments: Sequence[tuple[int, int]], tokens: int, block: int, compact: bool) -> int:
+    """Blocks of a prompt of `tokens` tokens that a TEXT layer does without, if it has a block table of its own."""
+    if compact:
+        return -(-tokens // block) - -(-text_tokens(segments, tokens) // block)
+    return len(empty_columns(segments, block))
+
+
 def block_columns(batch: Batch, sequences: Sequences, block: int, width: int) -> np.ndarray | None:
     """int64 (sequences, width): which column of its request's block table each block of a sequence is.
 

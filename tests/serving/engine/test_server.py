@@ -15,7 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from vis_sparse.eval.random_checkpoint import random_llava
-from vis_sparse.eval.tiny.words import BOS
+from vis_sparse.eval.tiny.words import BOS, IMAGE
+from vis_sparse.serving.step import merged_segments
+from vis_sparse.serving.tables import empty_columns
 
 from .harness import TOLERANCE, Reference, picture, plan_files, text
 from .running import DEFAULT
@@ -179,7 +181,15 @@ def test_metrics_and_log(server):
     tokens = metric(port, "vis_sparse:visual_tokens_total", DEFAULT)
     assert tokens and metric(port, "vis_sparse:attention_rows_not_dispatched_total", DEFAULT) == 8 * tokens
     assert metric(port, "vis_sparse:keys_not_written_total", DEFAULT) == 6 * tokens
-    assert "plan 'vica' leaves out, of each visual token, 8 of 8 attention rows, 8.0 of 8 FFN rows" in log.read_text()
+    log = log.read_text()
+    assert "plan 'vica' leaves out, of each visual token, 8 of 8 attention rows, 8.0 of 8 FFN rows" in log
+    assert "; of a prompt of one image (64 visual tokens) and 64 text tokens it computes" in log
+    before = metric(port, "vis_sparse:kv_blocks_not_held_total", DEFAULT)
+    prompt = json.load(post(port, body(8, 2, DEFAULT)))["prompt_token_ids"]
+    images = merged_segments((i, i) for i, token in enumerate(prompt) if token == IMAGE)
+    empty = len(empty_columns(images, 32))
+    assert empty and metric(port, "vis_sparse:kv_blocks_not_held_total", DEFAULT) - before == 6 * empty
+    assert not metric(port, "vis_sparse:kv_blocks_not_held_total", "dense")
 
 
 def metric(port: int, name: str, plan: str | None = None) -> float:
