@@ -290,17 +290,22 @@ def test_engines_that_are_refused(change, value, word):
         check_engine(engine_config(**{change: value}))
 
 
-def arriving(monkeypatch, asked, **changes):
-    """A request, as it leaves the plug-in's hold on vLLM's input processor, and the images that were taken back."""
+def arriving(monkeypatch, asked, counted=None, one_table=False, **changes):
+    """A request, as it leaves the plug-in's hold on vLLM's input processor, and the images that were taken back.
+
+    counted: a list that takes what metrics are told. one_table: the engine keeps one block table for all layers.
+    """
     taken_back = []
-    monkeypatch.setattr(engine, "count", lambda *args: None)
+    monkeypatch.setattr(engine, "count", lambda *args: counted is None or counted.append(args))
     errors = SimpleNamespace(VLLMValidationError=type("VLLMValidationError", (Exception,), {}))
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(exceptions=errors))
     monkeypatch.setitem(sys.modules, "vllm.exceptions", errors)
     text = SimpleNamespace(num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, intermediate_size=48)
     processor = SimpleNamespace(
         vllm_config=SimpleNamespace(
-            additional_config={"vis_sparse": LOADED.to_block()}, model_config=SimpleNamespace(hf_text_config=text)
+            additional_config={"vis_sparse": LOADED.to_block()},
+            model_config=SimpleNamespace(hf_text_config=text),
+            scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=one_table),
         ),
         renderer=SimpleNamespace(mm_processor_cache=SimpleNamespace(invalidate=taken_back.append)),
     )
@@ -308,7 +313,7 @@ def arriving(monkeypatch, asked, **changes):
     image.mm_hash = "image"
     request = SimpleNamespace(
         sampling_params=SimpleNamespace(extra_args=asked, skip_reading_prefix_cache=None), mm_features=[image],
-        cache_salt=None, resumable=False,
+        cache_salt=None, resumable=False, prompt_token_ids=[1] * 40,
     )  # fmt: skip
     for name, value in changes.items():
         setattr(request, name, value)
@@ -327,6 +332,17 @@ def test_a_request_is_noted_where_it_comes_in(monkeypatch):
     assert request.sampling_params.skip_reading_prefix_cache and request.cache_salt
     pooling, _ = arriving(monkeypatch, None, sampling_params=None)
     assert pooling.cache_salt is None
+
+
+def test_what_metrics_are_told(monkeypatch):
+    """40 tokens, 9 of them an image's: one block of 32 less than two, in 7 of 8 layers."""
+    counted = []
+    arriving(monkeypatch, None, counted)
+    arriving(monkeypatch, {"vis_sparse_plan": "dense"}, counted)
+    arriving(monkeypatch, None, counted, one_table=True)
+    assert [(plan, visual, blocks) for plan, visual, _, blocks in counted] == [
+        ("vica", 9, 7), ("dense", 9, 0), ("vica", 9, 0),
+    ]  # fmt: skip
 
 
 def test_a_rejected_request_gives_its_images_back(monkeypatch):

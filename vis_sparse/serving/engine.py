@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from .errors import ServingError
+from .groups import has_two_tables, unseen_layers, unseen_plans
 from .metrics import count
 from .requests import ASKED, NOTE, asked_plan, note_of, salted, visual_ranges
 from .savings import Savings, of_one_image, savings_of
@@ -218,8 +219,6 @@ def _desk(processor) -> _Desk | None:
 
 
 def _desk_of(loaded: Loaded, vllm_config: VllmConfig) -> _Desk:
-    from .kv_blocks import has_two_tables, unseen_layers, unseen_plans
-
     shape = text_shape(vllm_config)
     layers = loaded.kinds(shape)
     apart = (len(unseen_layers(layers)), unseen_plans(layers)) if has_two_tables(layers, vllm_config) else (0, ())

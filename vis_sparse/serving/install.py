@@ -26,7 +26,8 @@ from vllm.platforms import current_platform
 
 from .cuts import CutLinear, Shards
 from .errors import ServingError
-from .kv_blocks import has_two_tables, spec_of
+from .groups import has_two_tables
+from .kv_blocks import spec_of
 from .lanes import planned_forward
 from .runtime import Runtime
 from .settings import Loaded, TextShape

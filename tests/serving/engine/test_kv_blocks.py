@@ -9,8 +9,9 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vis_sparse.plans.plan import VisualPlan
+from vis_sparse.serving.groups import worth_two_tables
 from vis_sparse.serving.kinds import layer_kinds
-from vis_sparse.serving.kv_blocks import SeenSpec, UnseenManager, UnseenSpec, spec_of, worth_two_tables
+from vis_sparse.serving.kv_blocks import SeenSpec, UnseenManager, UnseenSpec, spec_of
 
 from ..test_requests import NOTE, feature
 
