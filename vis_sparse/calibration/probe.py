@@ -146,10 +146,11 @@ class Probe:
                 raise PlanError(f"plan {plan.name!r}: tower: got a section, expected none (no encoder was given)")
             return ()
         tower, last = self.vision.tower, max(batch.vision.last for batch in self._batches)
-        work = tower_schedule(self._tower(plan), tower.num_heads, tower.ffn_size, tower.has_globals)
+        work = tower_schedule(self.tower_plan(plan), tower.num_heads, tower.ffn_size, tower.has_globals)
         return (*work[: last + 1], *(None,) * (len(work) - last - 1))
 
-    def _tower(self, plan: VisualPlan) -> VisualPlan:
+    def tower_plan(self, plan: VisualPlan) -> VisualPlan:
+        """What a plan says of the vision encoder that is asked about."""
         return self.vision.dense if plan.tower is None else plan.tower
 
     def all_work(self, plan: VisualPlan) -> tuple[LayerWork | None, ...]:
@@ -166,6 +167,10 @@ class Probe:
         in_place = not torch.is_grad_enabled()
         return lambda: layer(x.clone(), batch.call, angles, parts, (Store(), Store()), in_place)
 
+    def tower_layer_call(self, plan: VisualPlan, index: int) -> Callable[[], object]:
+        """One run of a layer of the vision encoder as it is under its plan, on the first batch."""
+        return self._batches[0].vision.layer_call(plan, index)
+
     def first_change(self, plan: VisualPlan) -> int:
         """The first layer that computes something else than under the current plan, its place; the number of the
         decoder's layers if none."""
@@ -181,7 +186,7 @@ class Probe:
         for batch in self._batches[::every]:
             hidden, added = batch.states[start], batch.added[start:]
             if place < 0:
-                hidden, added = _embedded(batch.vision.text_inputs(self._tower(plan), of_tower))
+                hidden, added = _embedded(batch.vision.text_inputs(self.tower_plan(plan), of_tower))
             if executor is not None:
                 hidden = executor.run(hidden, batch.cos, batch.sin, batch.call, added=added)
             yield self._logits(batch, hidden)
@@ -221,7 +226,7 @@ class Probe:
             executor = self._executor(plan, start)
             for batch in self._batches:
                 if place < 0:
-                    named = batch.vision.adopt(self._tower(plan), of_tower)
+                    named = batch.vision.adopt(self.tower_plan(plan), of_tower)
                     batch.states[0], batch.added = _embedded(named)
                 collected: list[torch.Tensor] = []
                 hidden = batch.states[start]

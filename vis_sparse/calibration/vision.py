@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -115,12 +115,13 @@ def _removed(module: nn.Module, name: str, _) -> None:
 @dataclass
 class _Call:
     """One call of the encoder. last: the last layer that somebody reads. tables, states: of the rows that come into
-    each layer; states also what comes out of the last."""
+    each layer; states also what comes out of the last. rotary: cos and sin of the rows, None without."""
 
     last: int
     grids: list[tuple[int, int]]
     tables: list[TowerTables]
     states: list[torch.Tensor]
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class VisionStates:
@@ -143,6 +144,22 @@ class VisionStates:
     def grids(self) -> list[tuple[int, int]]:
         """(height, width) in patches of every image or frame that the encoder sees."""
         return [grid for call in self._calls for grid in call.grids]
+
+    def layer_call(self, plan: VisualPlan, index: int) -> Callable[[], object]:
+        """One run of layer `index` under a plan of the encoder's layers, in its first call. Where patches left before,
+        evenly spaced ones stand for those that are chosen by what they hold."""
+        call = self._calls[0]
+        tables = call.tables[0]
+        for before, layer in enumerate(plan.layers[:index]):
+            if layer.tokens is not None:
+                by = "uniform" if layer.tokens.by == "norm" else layer.tokens.by
+                tables = tables.keep(replace(layer.tokens, by=by), before, None)
+        alone = [LayerPlan.off()] * plan.num_layers
+        alone[index] = replace(plan.layers[index], tokens=None)
+        executor = TowerExecutor(self._vision.tower, plan.replace(layers=tuple(alone)), self._backend)
+        executor.kept_cuts.refresh()
+        run = TowerRun(executor, tables, index)
+        return lambda: run.layer(index, call.states[0], call.rotary)
 
     def text_inputs(self, plan: VisualPlan, start: int) -> dict:
         """What the text model is called with, by name, under a plan that agrees with the current one before layer
@@ -184,7 +201,7 @@ class _Running:
         start, number = self._start, len(self.done)
         if number < len(self._before):
             before = self._before[number]
-            call = _Call(before.last, before.grids, before.tables[: start + 1], before.states[: start + 1])
+            call = replace(before, tables=before.tables[: start + 1], states=before.states[: start + 1])
         else:
             rows = self._vision.rows(arguments)
             device = next(self._vision.module.parameters()).device
@@ -199,7 +216,8 @@ class _Running:
             return call.states[index + 1]
         if not call.states:
             call.states.append(hidden_states)
-        hidden = self._run.layer(index, hidden_states, named.get("position_embeddings"))
+        call.rotary = named.get("position_embeddings")
+        hidden = self._run.layer(index, hidden_states, call.rotary)
         call.states.append(hidden)
         call.tables.append(self._run.tables)
         return hidden

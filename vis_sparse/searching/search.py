@@ -134,11 +134,10 @@ def search_front(
 
     if not 0 < budget <= 1:
         raise PlanError(f"budget: got {budget!r}, expected a share in (0, 1]")
-    for name, given, known in (("cost", cost, COSTS), ("objective", objective, OBJECTIVES)):
-        if given not in known:
-            raise PlanError(f"{name}: got {given!r}, expected one of {', '.join(known)}")
+    with_tower = cost_of(cost).tower
+    if objective not in OBJECTIVES:
+        raise PlanError(f"objective: got {objective!r}, expected one of {', '.join(OBJECTIVES)}")
     samples = [on_device(sample, model) for sample in samples]
-    with_tower = COSTS[cost].tower
     if calibration is None:
         calibration = calibrate(model, samples, tower=with_tower)
     else:
@@ -177,6 +176,13 @@ def search_front(
             yield found[-1]
 
 
+def cost_of(name: str) -> Cost:
+    """A cost by its name. Raises PlanError."""
+    if name not in COSTS:
+        raise PlanError(f"cost: got {name!r}, expected one of {', '.join(COSTS)}")
+    return COSTS[name]
+
+
 def meter_of(
     model, samples: Sequence[dict], cost: str = "visual", batch: int = 16, log: str | Path | None = None
 ) -> PlanLosses:
@@ -188,7 +194,9 @@ def meter_of(
     from ..patches.calibrated import of_weights
     from .log import Log
 
-    target, shape, kind = Target.of(model), shape_of(model), COSTS[cost]
+    target, shape, kind = Target.of(model), shape_of(model), cost_of(cost)
+    if kind.tower and kind.counted is not None and shape.vision is None:
+        raise PlanError(f"cost: got {cost}, whose vision encoder is not described for {shape.name}, expected another")
     vision = Vision.of(target) if kind.tower else None
     probe = Probe(target, samples, batch, vision)
     # rough measurements take every so manieth batch
