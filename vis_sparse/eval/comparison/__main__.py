@@ -25,7 +25,7 @@ from .answers import answers
 from .plans import BUDGETS, Field, add_budget, add_heads, add_neurons
 from .rows import paired, scored
 from .setup import Setup
-from .whole import whole
+from .whole import named, whole
 
 PARTS_ASKED = 1000  # questions of each kind at most for the plans of heads and neurons, whose differences are large
 
@@ -70,15 +70,18 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2048, help="training questions that calibration and search see")
     parser.add_argument("--questions", type=int, default=1000, help="held-out questions of each kind")
     parser.add_argument("--all", action="store_true", help="budgets of all visual computation, vision encoder included")
+    parser.add_argument("--plans", metavar="NAMES", help="plans with commas between them against dense: no search")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="of each search")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     with progress("comparing") as step:
         settings = {"asked": given.questions, "time_limit": given.time_limit, "out": given.out, "on_step": step}
-        setup = Setup.of(given.model, given.samples, given.all, **settings)
+        names = given.plans.split(",") if given.plans else []
+        setup = Setup.of(given.model, given.samples, given.all or bool(names), **settings)
         facts = {"model": given.model, "samples": given.samples, **machine_facts(setup.model.device)}
-        ending = "-all" if given.all else ""
-        for result in (whole if given.all else of_decoder)(setup):
+        ending = "-plans" if names else "-all" if given.all else ""
+        results = [named(setup, names)] if names else (whole if given.all else of_decoder)(setup)
+        for result in results:
             setup.file(f"{ending}.json").write_text(json.dumps(facts | result, indent=2) + "\n")
     sections = (result[name] for name in ("budgets", "parts") if name in result)
     text = "\n".join(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from ...calibration.profiles import Target
 from ...calibration.vision import Vision
+from ...patches import inspect, patched
 from ...plans.layer_plan import LayerPlan
 from ...plans.plan import VisualPlan
 from ...searching.pareto import Point, described
@@ -36,10 +37,23 @@ def whole(setup: Setup) -> Iterator[dict]:
         within = [point for point in of_decoder if point.cost <= budget]
         best = best_within(within, budget) if within else min(of_decoder, key=lambda point: point.cost)
         field.add(label, ("searched", found.plan), {"decoder alone": best.plan, "dense": meter.dense})
-    target = Target.of(model)
+    yield {"floor of the decoder alone": meter.cost(_silent(meter.dense)), "budgets": _asked(setup, field, meter.cost)}
+
+
+def named(setup: Setup, names: list[str]) -> dict:
+    """Plans by name, budgets resolved by the calibration, each against dense; costs are of all visual computation."""
+    meter = meter_of(setup.model, setup.samples[:1], "all")
+    field = Field({"dense": meter.dense})
+    for name in names:
+        with patched(setup.model, name, calibration=setup.calibration):
+            field.plans[name], field.rivals[name] = inspect(setup.model)["plan"], ["dense"]
+    return {"budgets": _asked(setup, field, meter.cost)}
+
+
+def _asked(setup: Setup, field: Field, cost: Callable[[VisualPlan], float]) -> dict:
+    target = Target.of(setup.model)
     given = answers(target, setup.processor, field.plans.values(), setup.asked, setup.on_step, Vision.of(target))
-    rows = {"questions": setup.asked, "plans": scored(field, given, meter.cost), "pairs": paired(field, given)}
-    yield {"floor of the decoder alone": meter.cost(_silent(meter.dense)), "budgets": rows}
+    return {"questions": setup.asked, "plans": scored(field, given, cost), "pairs": paired(field, given)}
 
 
 def _with_tower(point: Point, tower: VisualPlan, cost: Callable[[VisualPlan], float]) -> Point:
