@@ -15,6 +15,8 @@ from vis_sparse.eval.comparison.answers import Answers, answers, computed
 from vis_sparse.eval.comparison.paired import holm, mcnemar, only_one_right
 from vis_sparse.eval.comparison.plans import NEURONS, Field, add_budget, add_heads, add_neurons
 from vis_sparse.eval.comparison.rows import paired
+from vis_sparse.eval.comparison.setup import Setup
+from vis_sparse.eval.comparison.whole import named
 from vis_sparse.eval.tiny import NAMES, checkpoint
 from vis_sparse.eval.tiny.data import KINDS, questions
 from vis_sparse.eval.tiny.score import answers as generated
@@ -152,6 +154,19 @@ def test_answers_are_those_of_greedy_generate(monkeypatch):
             assert given[plan].right[kind].tolist() == expected
     assert given[plans[0]].kl == pytest.approx(0, abs=1e-6) and given[plans[1]].kl > 0.1
     assert not given[plans[1]].right["place"].all()
+
+
+def test_plans_by_name_are_asked_with_their_towers(tmp_path):
+    steps = []
+    settings = {"asked": 2, "time_limit": None, "out": tmp_path, "on_step": lambda *step: steps.append(step)}
+    setup = Setup.of("llava", 2, True, **settings)
+    result = named(setup, ["whole-25", "auto"])["budgets"]
+    dense, whole, auto = result["plans"]
+    assert [row["plan"] for row in result["plans"]] == ["dense", "whole-25", "auto"]
+    assert dense["cost"] == 1 > auto["cost"] > whole["cost"] > 0.3 and dense["kl"] < 1e-6 < whole["kl"]
+    assert "tower" not in auto and "stride=16" in whole["tower"][-1] and "stride" not in whole["tower"][0]
+    assert {(row["plan"], row["rival"]) for row in result["pairs"]} == {("whole-25", "dense"), ("auto", "dense")}
+    assert steps[-1] == (12, 12)
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,12 @@ def whole(setup: Setup) -> Iterator[dict]:
     field = Field({"dense": meter.dense})
     for budget in BUDGETS:
         found, label = best_within(together, budget), f"{budget:.0%}"
-        setup.file(f"-all-{label}.yaml").write_text(described(found, "all").to_yaml())
         within = [point for point in of_decoder if point.cost <= budget]
         best = best_within(within, budget) if within else min(of_decoder, key=lambda point: point.cost)
-        field.add(label, ("searched", found.plan), {"decoder alone": best.plan, "dense": meter.dense})
+        for kind, point in (("all", found), ("decoder", best)):
+            setup.file(f"-{kind}-{label}.yaml").write_text(described(point, "all").to_yaml())
+        field.add(label, ("searched", found.plan), {"decoder alone": best.plan})
+        field.rivals[f"{label}: searched"].append("dense")
     yield {"floor of the decoder alone": meter.cost(_silent(meter.dense)), "budgets": _asked(setup, field, meter.cost)}
 
 
