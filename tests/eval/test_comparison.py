@@ -9,15 +9,18 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vis_sparse import patched
 from vis_sparse.calibration.profiles import Target
+from vis_sparse.calibration.vision import Vision
 from vis_sparse.eval.comparison import tables
-from vis_sparse.eval.comparison.__main__ import paired
-from vis_sparse.eval.comparison.answers import Answers, answers
+from vis_sparse.eval.comparison.answers import Answers, answers, computed
 from vis_sparse.eval.comparison.paired import holm, mcnemar, only_one_right
 from vis_sparse.eval.comparison.plans import NEURONS, Field, add_budget, add_heads, add_neurons
+from vis_sparse.eval.comparison.rows import paired
+from vis_sparse.eval.comparison.setup import Setup
+from vis_sparse.eval.comparison.whole import named
 from vis_sparse.eval.tiny import NAMES, checkpoint
 from vis_sparse.eval.tiny.data import KINDS, questions
 from vis_sparse.eval.tiny.score import answers as generated
-from vis_sparse.plans.layer_plan import LayerPlan
+from vis_sparse.plans.layer_plan import LayerPlan, Neighborhood
 from vis_sparse.plans.plan import VisualPlan
 from vis_sparse.plans.scores import Calibration
 
@@ -121,7 +124,7 @@ def test_pairs_and_their_table():
     right["theirs"]["place"][:9] = False
     right["ours"]["count"][:6] = False
     right["theirs"]["count"][19] = False
-    given = {ours.layers: Answers(right["ours"], 0.1), theirs.layers: Answers(right["theirs"], 0.2)}
+    given = {computed(ours): Answers(right["ours"], 0.1), computed(theirs): Answers(right["theirs"], 0.2)}
     rows = paired(field, given)
     by_kind = {row["kind"]: (row["only_plan"], row["only_rival"]) for row in rows}
     kinds = {"easy_vqa": (0, 0), "place": (9, 0), "count": (1, 6), "exists": (0, 0)}
@@ -136,19 +139,34 @@ def test_answers_are_those_of_greedy_generate(monkeypatch):
     monkeypatch.setattr("vis_sparse.eval.comparison.answers._CHUNK", 4)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint(), dtype=torch.float32).eval()
     processor, layers = AutoProcessor.from_pretrained(checkpoint()), model.config.text_config.num_hidden_layers
-    plans = (VisualPlan.dense(layers), VisualPlan.vtw(layers, 1))
-    steps = []
-    given = answers(Target.of(model), processor, [*plans, plans[0]], 6, lambda *step: steps.append(step))
-    assert len(given) == 2 and steps == [(step, 16) for step in range(1, 17)]
+    tower = VisualPlan((LayerPlan(attention=Neighborhood(1, "both")),) * 4)
+    plans = (VisualPlan.dense(layers), VisualPlan.vtw(layers, 1), VisualPlan.dense(layers).replace(tower=tower))
+    steps, target = [], Target.of(model)
+    asked = answers(target, processor, [*plans, plans[0]], 6, lambda *step: steps.append(step), Vision.of(target))
+    given = {plan: asked[computed(plan)] for plan in plans}
+    assert len(asked) == 3 and steps == [(step, 24) for step in range(1, 25)]
     for plan in plans:
         for kind in KINDS:
             asked = questions(kind, 6)
             with patched(model, plan):
                 said = generated(model, processor, asked)
             expected = [text == question.answer for text, question in zip(said, asked, strict=True)]
-            assert given[plan.layers].right[kind].tolist() == expected
-    assert given[plans[0].layers].kl == pytest.approx(0, abs=1e-6) and given[plans[1].layers].kl > 0.1
-    assert not given[plans[1].layers].right["place"].all()
+            assert given[plan].right[kind].tolist() == expected
+    assert given[plans[0]].kl == pytest.approx(0, abs=1e-6) and given[plans[1]].kl > 0.1
+    assert not given[plans[1]].right["place"].all()
+
+
+def test_plans_by_name_are_asked_with_their_towers(tmp_path):
+    steps = []
+    settings = {"asked": 2, "time_limit": None, "out": tmp_path, "on_step": lambda *step: steps.append(step)}
+    setup = Setup.of("llava", 2, True, **settings)
+    result = named(setup, ["whole-25", "auto"])["budgets"]
+    dense, whole, auto = result["plans"]
+    assert [row["plan"] for row in result["plans"]] == ["dense", "whole-25", "auto"]
+    assert dense["cost"] == 1 > auto["cost"] > whole["cost"] > 0.3 and dense["kl"] < 1e-6 < whole["kl"]
+    assert "tower" not in auto and "stride=16" in whole["tower"][-1] and "stride" not in whole["tower"][0]
+    assert {(row["plan"], row["rival"]) for row in result["pairs"]} == {("whole-25", "dense"), ("auto", "dense")}
+    assert steps[-1] == (12, 12)
 
 
 @pytest.mark.parametrize(
@@ -163,11 +181,11 @@ def test_calibrated_heads_and_neurons_are_better_than_others(family, number):
     add_heads(field, calibration)
     add_neurons(field, calibration)
     given = answers(Target.of(model), processor, field.plans.values(), number, lambda done, total: None)
-    ours = given[field.plans["heads: calibrated"].layers]
+    ours = given[computed(field.plans["heads: calibrated"])]
     for rival in field.rivals["heads: calibrated"]:
-        assert ours.kl < given[field.plans[rival].layers].kl / 1.5, rival
-    worst = given[field.plans["heads: inverted"].layers]
+        assert ours.kl < given[computed(field.plans[rival])].kl / 1.5, rival
+    worst = given[computed(field.plans["heads: inverted"])]
     assert all(ours.score(kind) >= worst.score(kind) + 0.1 for kind in ("place", "count"))
     for share in NEURONS:
-        best, first = (given[field.plans[f"neurons {share:.0%}: {name}"].layers] for name in ("calibrated", "first"))
+        best, first = (given[computed(field.plans[f"neurons {share:.0%}: {name}"])] for name in ("calibrated", "first"))
         assert best.kl < first.kl

@@ -130,7 +130,8 @@ def shipped(name) -> tuple[VisualPlan, int]:
     """A shipped plan for the shallowest of a few depths that it fits, and that depth."""
     for layers in (4, 8, 16, 28, 32, 40):
         try:
-            return vis_sparse.load_plan(name).resolve(layers), layers
+            # towers have an oracle of their own
+            return vis_sparse.load_plan(name).resolve(layers).replace(tower=None), layers
         except PlanError:
             continue
     raise AssertionError(f"{name} fits no common depth")

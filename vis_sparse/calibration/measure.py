@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..plans.layer_plan import PlanError
-from ..plans.scores import Calibration
+from ..plans.scores import TOWER, Calibration, TowerScores
 from . import processes
 from .records import SampleError
 from .sums import Sums
@@ -30,6 +30,7 @@ def calibrate(
     *,
     scores: str = "effects",
     sensitivity: bool = False,
+    tower: bool = False,
     max_new_tokens: int = 16,
     out: str | Path | None = None,
     on_sample: Callable[[int], None] | None = None,
@@ -41,9 +42,11 @@ def calibrate(
     without labels the model's own greedy answer of at most `max_new_tokens` tokens is taken. scores: what the head
     scores are, "effects" (measured on one sample in eight, the first and others evenly spread: 1.36 times the FLOPs of
     a forward pass in all) or "mass" (the paper's score, from the forward pass alone: 1.01 times).
-    sensitivity: also measure what each layer is to the answers (three partial passes a layer for each sample). out:
-    the file to write the result to; a run that is interrupted leaves its sums in `out.partial`, from which the same
-    run goes on with the same result. on_sample(done): called after each sample. data: a name for the metadata.
+    sensitivity: also measure what each layer is to the answers (three partial passes a layer for each sample). tower:
+    also measure the vision encoder, for plans with a tower section; its head scores are always effects (no text is in
+    it whose attention could be shared out), three passes through the whole model for one sample in eight. out: the
+    file to write the result to; a run that is interrupted leaves its sums in `out.partial`, from which the same run
+    goes on with the same result. on_sample(done): called after each sample. data: a name for the metadata.
 
     In a process group (`accelerate launch`, torchrun) each process measures its share of the same samples, and all get
     the same result; the first one writes it.
@@ -51,17 +54,22 @@ def calibrate(
     Memory does not grow with the samples but for `ratios`, 4 bytes for each head of a sample. Raises PatchError for a
     model that is patched or not supported, SampleError for a sample without visual tokens or answer.
     """
-    from ..patches.calibrated import of_weights
-    from .effects import head_effects, recorded_calls
+    from ..patches.calibrated import of_weights, tower_facts
+    from .effects import head_effects, recorded_calls, tower_effects
     from .probe import sensitivities
     from .profiles import Target, column_norms, profile
     from .samples import answered, on_device
+    from .vision import Vision, mean_by_layer, seen_neurons, tower_column_norms
 
     if scores not in SCORES:
         raise PlanError(f"scores: got {scores!r}, expected one of {', '.join(SCORES)}")
     target = Target.of(model)
+    vision = Vision.of(target) if tower else None
     norms = column_norms(target)
+    tower_norms = None if vision is None else tower_column_norms(vision)
     facts = _facts(target, data, max_new_tokens) | {"scores": scores, "sensitivity": str(sensitivity)}
+    if vision is not None:
+        facts |= tower_facts(vision.module)
     if scores == "effects":
         facts["effects"] = f"of {_EFFECT_SHARE:.1%} of the samples"
     rank, count = processes.place()
@@ -75,12 +83,20 @@ def calibrate(
         try:
             sample = answered(model, on_device(sample, model), max_new_tokens)
             with_effects = scores == "effects" and has_effects(index)
-            with recorded_calls(target.text_model) if with_effects else nullcontext() as calls:
+            with ExitStack() as stack:
+                calls = stack.enter_context(recorded_calls(target.text_model)) if with_effects else ()
+                neurons = stack.enter_context(seen_neurons(vision)) if vision else ()
                 measured = vars(profile(target, sample, norms))
             if with_effects:
                 measured["effects"] = head_effects(target, sample, *calls)
+            if vision is not None:
+                measured[f"{TOWER}neurons"] = mean_by_layer(neurons, len(tower_norms)) * tower_norms
+                if has_effects(index):
+                    measured[f"{TOWER}heads"] = tower_effects(target, vision, sample)
             if sensitivity:
-                measured["sensitivity"] = sensitivities(target, sample)
+                measured["sensitivity"], of_tower = sensitivities(target, sample, vision)
+                if vision is not None:
+                    measured[f"{TOWER}sensitivity"] = of_tower
             own.add({name: value.numpy() for name, value in measured.items()})
         except SampleError as error:
             raise SampleError(f"sample {index}: {error}") from None
@@ -93,7 +109,9 @@ def calibrate(
     means = sums.means()
     means["mass"] = means.pop("ratios")
     means.setdefault("effects", np.zeros_like(means["mass"]))
-    calibration = Calibration(heads=means[scores], ratios=sums.kept, **means, metadata=facts)
+    of_tower = {name.removeprefix(TOWER): means.pop(name) for name in list(means) if name.startswith(TOWER)}
+    scores_of_tower = TowerScores(**of_tower) if of_tower else None
+    calibration = Calibration(heads=means[scores], ratios=sums.kept, **means, metadata=facts, tower=scores_of_tower)
     if out is not None:
         if rank == 0:
             calibration.save(out)

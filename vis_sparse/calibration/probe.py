@@ -1,7 +1,8 @@
 """What a plan does to the answers of some samples: logits computed from the first layer that the plan changes.
 
 The samples' dense pass (vision tower, embeddings, every layer's input) runs once; a plan that agrees with the current
-one up to a layer starts there.
+one up to a layer starts there. Layers are counted through, by places as `with_layer` has them: the vision encoder's
+end at -1, the decoder's begin at 0.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from ..layout.layout import VisualLayout
 from ..layout.packing import pack
 from ..plans.layer_plan import LayerPlan, Neighborhood, PlanError
 from ..plans.plan import VisualPlan, with_layer
-from ..plans.schedule import LayerWork, schedule
+from ..plans.schedule import LayerWork, schedule, tower_schedule
 from .profiles import Target, arguments_of, hooked
 from .samples import NO_LABEL
+from .vision import Vision, VisionStates
 
 # name -> what a layer is reduced to, alone, to see how much the answers need it
 SENSITIVITY = {
@@ -33,11 +35,13 @@ SENSITIVITY = {
     "neighbours only": LayerPlan(attention=Neighborhood(2, "causal")),
     "no FFN": LayerPlan(ffn=0.0),
 }
+TOWER_SENSITIVITY = SENSITIVITY | {"neighbours only": LayerPlan(attention=Neighborhood(2, "both"))}
 
 
 @dataclass
 class _Batch:
-    """Samples of one call. states: input of every layer and of the final norm, (batch, length, width)."""
+    """Samples of one call. states: input of every layer and of the final norm, (batch, length, width). vision: the
+    same of the vision encoder, None if it is not asked about."""
 
     states: list[torch.Tensor]
     cos: torch.Tensor
@@ -47,19 +51,20 @@ class _Batch:
     rows: tuple[torch.Tensor, torch.Tensor]  # (sample, column) of each row that predicts an answer's token
     labels: torch.Tensor
     weights: torch.Tensor  # of the rows: every sample counts as much
+    vision: VisionStates | None
 
 
 class Probe:
     """Samples on an unpatched model, and what plans change about their answers.
 
-    samples: as `calibrate` takes them, with labels, on the model's device. batch: samples in one call. Memory: the
-    inputs of all layers for all samples.
+    samples: as `calibrate` takes them, with labels, on the model's device. batch: samples in one call. vision: the
+    model's vision encoder, for plans that change it too. Memory: the inputs of all layers for all samples.
     """
 
     @torch.no_grad()
-    def __init__(self, target: Target, samples: Sequence[dict], batch: int = 16):
-        self.target, self.backend = target, get_backend()
-        self.plan = VisualPlan.dense(len(target.decoder.layers))
+    def __init__(self, target: Target, samples: Sequence[dict], batch: int = 16, vision: Vision | None = None):
+        self.target, self.vision, self.backend = target, vision, get_backend()
+        self.plan = VisualPlan.dense(len(target.decoder.layers)).replace(tower=vision and vision.dense)
         self._batches, layouts, lengths = [], [], []
         for group in _batches(samples, batch):
             layouts += [target.layout(sample) for sample in group]
@@ -101,6 +106,7 @@ class Probe:
             (sample, column),
             labels[sample, column + 1],
             1 / counts[sample],
+            self.vision and VisionStates(self.vision, target, inputs, self.backend),
         )
 
     @property
@@ -111,6 +117,11 @@ class Probe:
         """fp32 logits of the answers' rows from the final norm's input."""
         normed = self.target.decoder.norm(hidden[batch.rows])
         return self.target.model.get_output_embeddings()(normed).float()
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """(height, width) in patches of every image or frame that the vision encoder sees."""
+        return [grid for batch in self._batches if batch.vision for grid in batch.vision.grids]
 
     def _executor(self, plan: VisualPlan, start: int) -> LaneExecutor:
         decoder = dataclasses.replace(self.target.decoder, layers=self.target.decoder.layers[start:])
@@ -124,9 +135,27 @@ class Probe:
         return executor
 
     def work(self, plan: VisualPlan) -> tuple[LayerWork, ...]:
-        """What the layers compute under `plan`."""
+        """What the decoder's layers compute under `plan`."""
         decoder = self.target.decoder
         return schedule(plan, decoder.num_heads, decoder.num_kv_heads, decoder.ffn_size)
+
+    def tower_work(self, plan: VisualPlan) -> tuple[LayerWork | None, ...]:
+        """What the vision encoder's layers compute, None for those that do not run; empty if it is not asked about."""
+        if self.vision is None:
+            if plan.tower is not None:
+                raise PlanError(f"plan {plan.name!r}: tower: got a section, expected none (no encoder was given)")
+            return ()
+        tower, last = self.vision.tower, max(batch.vision.last for batch in self._batches)
+        work = tower_schedule(self.tower_plan(plan), tower.num_heads, tower.ffn_size, tower.has_globals)
+        return (*work[: last + 1], *(None,) * (len(work) - last - 1))
+
+    def tower_plan(self, plan: VisualPlan) -> VisualPlan:
+        """What a plan says of the vision encoder that is asked about."""
+        return self.vision.dense if plan.tower is None else plan.tower
+
+    def all_work(self, plan: VisualPlan) -> tuple[LayerWork | None, ...]:
+        """Both, one after the other."""
+        return self.tower_work(plan) + self.work(plan)
 
     def layer_call(self, work: LayerWork) -> Callable[[], object]:
         """One run of a layer that computes `work`, on the first batch."""
@@ -138,20 +167,28 @@ class Probe:
         in_place = not torch.is_grad_enabled()
         return lambda: layer(x.clone(), batch.call, angles, parts, (Store(), Store()), in_place)
 
+    def tower_layer_call(self, plan: VisualPlan, index: int) -> Callable[[], object]:
+        """One run of a layer of the vision encoder as it is under its plan, on the first batch."""
+        return self._batches[0].vision.layer_call(plan, index)
+
     def first_change(self, plan: VisualPlan) -> int:
-        """The first layer that computes something else than under the current plan; the number of layers if none."""
-        pairs = enumerate(zip(self.work(plan), self.work(self.plan), strict=True))
-        return next((index for index, (new, old) in pairs if new != old), plan.num_layers)
+        """The first layer that computes something else than under the current plan, its place; the number of the
+        decoder's layers if none."""
+        pairs = enumerate(zip(self.all_work(plan), self.all_work(self.plan), strict=True), -len(self.tower_work(plan)))
+        return next((place for place, (new, old) in pairs if new != old), plan.num_layers)
 
     @torch.no_grad()
     def logits(self, plan: VisualPlan, every: int = 1) -> Iterator[torch.Tensor]:
         """fp32 logits (rows, vocabulary) of the answers under `plan` in every so manieth batch. Heads must be masks."""
-        start = self.first_change(plan)
+        place = self.first_change(plan)
+        start, of_tower = max(place, 0), place + len(self.tower_work(plan))
         executor = self._executor(plan, start) if start < plan.num_layers else None
         for batch in self._batches[::every]:
-            hidden = batch.states[start]
+            hidden, added = batch.states[start], batch.added[start:]
+            if place < 0:
+                hidden, added = _embedded(batch.vision.text_inputs(self.tower_plan(plan), of_tower))
             if executor is not None:
-                hidden = executor.run(hidden, batch.cos, batch.sin, batch.call, added=batch.added[start:])
+                hidden = executor.run(hidden, batch.cos, batch.sin, batch.call, added=added)
             yield self._logits(batch, hidden)
 
     def per_sample(self, plan: VisualPlan, every: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -183,10 +220,14 @@ class Probe:
     @torch.no_grad()
     def adopt(self, plan: VisualPlan) -> None:
         """Make `plan` the current one: the inputs of the layers after its first change are computed anew."""
-        start = self.first_change(plan)
+        place = self.first_change(plan)
+        start, of_tower = max(place, 0), place + len(self.tower_work(plan))
         if start < plan.num_layers:
             executor = self._executor(plan, start)
             for batch in self._batches:
+                if place < 0:
+                    named = batch.vision.adopt(self.tower_plan(plan), of_tower)
+                    batch.states[0], batch.added = _embedded(named)
                 collected: list[torch.Tensor] = []
                 hidden = batch.states[start]
                 last = executor.run(hidden, batch.cos, batch.sin, batch.call, None, collected, batch.added[start:])
@@ -194,14 +235,22 @@ class Probe:
         self.plan = plan
 
 
-def sensitivities(target: Target, sample: dict) -> torch.Tensor:
-    """(layers, 3) float64: the divergence of a sample's answer under each reduction of `SENSITIVITY` in each layer."""
-    probe = Probe(target, [sample])
-    rows = (
-        [probe.divergence(with_layer(probe.plan, index, layer)) for layer in SENSITIVITY.values()]
-        for index in range(probe.plan.num_layers)
-    )
-    return torch.tensor(list(rows), dtype=torch.float64)
+def _embedded(named: dict) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """The first layer's input, and what is added behind the first layers, from what the text model is called with."""
+    return named["inputs_embeds"], list(named.get("deepstack_visual_embeds") or ())
+
+
+def sensitivities(target: Target, sample: dict, vision: Vision | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 (layers, 3) of the decoder, and of the vision encoder if there is one: the divergence of a sample's
+    answer under each reduction of `SENSITIVITY` (`TOWER_SENSITIVITY`) in each layer alone."""
+    probe = Probe(target, [sample], vision=vision)
+
+    def of(places: range, reductions: dict[str, LayerPlan]) -> torch.Tensor:
+        plans = [[with_layer(probe.plan, place, each) for each in reductions.values()] for place in places]
+        return torch.tensor([list(map(probe.divergence, row)) for row in plans], dtype=torch.float64)
+
+    encoder = range(-vision.dense.num_layers if vision else 0, 0)
+    return of(range(probe.plan.num_layers), SENSITIVITY), of(encoder, TOWER_SENSITIVITY)
 
 
 def _call(layout: VisualLayout, length: int, mask: np.ndarray, plan: VisualPlan, device) -> Call:

@@ -63,6 +63,9 @@ def calibrate_command(
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Also measure what each layer is to the answers (slower).")
     ] = False,
+    tower: Annotated[
+        bool, typer.Option("--tower", help="Also measure the vision tower, for plans with a section for it (slower).")
+    ] = False,
     plans: Annotated[
         float | None,
         typer.Option(
@@ -105,6 +108,7 @@ def calibrate_command(
             (encode(processor, record) for record in chosen),
             scores=scores,
             sensitivity=sensitivity,
+            tower=tower,
             max_new_tokens=max_new_tokens,
             out=out,
             on_sample=lambda done: step(done, total),
@@ -137,11 +141,14 @@ def _summary(calibration: Calibration, out: Path) -> dict:
         "text_mass": calibration.text_mass.tolist(),
         "attention_change": calibration.attention_change.tolist(),
         "ffn_change": calibration.ffn_change.tolist(),
+        **({} if calibration.tower is None else {"tower_head_scores": calibration.tower.heads.tolist()}),
     }
 
 
 def _draw(console: Console, calibration: Calibration, out: Path) -> None:
     draw_heads(console, calibration.heads, calibration.metadata["scores"])
+    if calibration.tower is not None:
+        draw_heads(console, calibration.tower.heads, "effects, vision tower")
     for each in _measured(calibration):
         shown = f"{each.cost:6.1%} of the visual FLOPs: KL {each.kl:.4f}, right {each.accuracy:.1%}"
         console.print(f"{shown} of {each.samples} held-out samples", highlight=False)

@@ -35,7 +35,11 @@ def search_command(
     out: Annotated[Path, typer.Option(metavar="FILE", help="The plan's YAML file.", callback=output_file)],
     budget: Annotated[float, typer.Option(help="Share of the dense model's cost that the plan may have.")] = 0.25,
     cost: Annotated[
-        str, typer.Option(help="visual or prefill (FLOPs), kv (bytes), or time (of a prefill, measured).")
+        str,
+        typer.Option(
+            help="visual or prefill (FLOPs of the decoder), kv (bytes), time (of the decoder's prefill, measured); all "
+            "and all-time count the vision tower too and change its layers."
+        ),
     ] = "visual",
     objective: Annotated[str, typer.Option(help="kl (to the dense model's answers) or accuracy.")] = "kl",
     calibration: Annotated[
@@ -66,7 +70,7 @@ def search_command(
     from ..calibration.measure import calibrate
     from ..calibration.samples import answered, encode, on_device
     from ..plans.scores import Calibration
-    from ..searching.search import best_within, search_front
+    from ..searching.search import best_within, cost_of, search_front
     from .model import load_model
 
     seconds = _seconds(time_limit)
@@ -74,7 +78,7 @@ def search_command(
     loaded, processor = load_model(model, dtype, device)
     encoded = (on_device(encode(processor, record), loaded) for record in records(data, samples, prompt))
     chosen, points = [answered(loaded, sample, 16) for sample in encoded], []
-    measured = measured or calibrate(loaded, chosen, data=Path(data).name)
+    measured = measured or calibrate(loaded, chosen, data=Path(data).name, tower=cost_of(cost).tower)
     partial = out.with_name(out.name + ".partial")
     with progress("searching") as step:
         found = search_front(

@@ -27,7 +27,7 @@ from ..plans.files import as_plan
 from ..plans.layer_plan import PlanError, brief, is_number
 from ..plans.plan import PlanRecipe, VisualPlan
 from ..plans.schedule import schedule
-from ..plans.scores import Calibration
+from ..plans.scores import Calibration, TowerScores
 from .conventions import executed, fastv, macs, paper, tokens_by_layer
 from .report import CostReport
 from .shape_config import MODEL_TYPES
@@ -131,12 +131,13 @@ def flops(
 def resolved(plan: str, shape: ModelShape, calibration: Path | None) -> VisualPlan:
     """A plan (name or file) for a model, its budgets resolved by the calibration; without one the first heads and
     neurons stand in, whose numbers are right."""
-    heads = "first"
+    heads, tower = "first", None
     if calibration is not None:
         heads, calibration = None, Calibration.load(calibration)
         calibration.check_fits(shape.layers, shape.heads, shape.kv_heads, shape.ffn)
+        tower = calibration.tower
     chosen = resolve_heads(as_plan(plan, shape.layers), shape.heads, shape.kv_heads, heads, calibration)
-    return _with_tower(shape, chosen)
+    return _with_tower(shape, chosen, tower)
 
 
 def _encode(
@@ -173,8 +174,9 @@ def _in_a_row(grids: list[Grid], text_tokens: int, text_before: int) -> VisualLa
     return VisualLayout.from_grids([placed])
 
 
-def _with_tower(shape: ModelShape, plan: VisualPlan) -> VisualPlan:
-    """`plan` with its tower section resolved for the model's encoder; the first heads stand in for a budget's."""
+def _with_tower(shape: ModelShape, plan: VisualPlan, scores: TowerScores | None = None) -> VisualPlan:
+    """`plan` with its tower section resolved for the model's encoder; without scores the first heads stand in for a
+    budget's."""
     if plan.tower is None:
         return plan
     if shape.vision is None:
@@ -183,7 +185,8 @@ def _with_tower(shape: ModelShape, plan: VisualPlan) -> VisualPlan:
             "model with one"
         )
     vision = shape.vision
-    return resolve_tower(plan, vision.layers, vision.heads, vision.ffn, "first")
+    heads = "first" if scores is None else None
+    return resolve_tower(plan, vision.layers, vision.heads, vision.ffn, heads, scores)
 
 
 def _choosing(shape: ModelShape, plan: VisualPlan, layout: VisualLayout) -> int:

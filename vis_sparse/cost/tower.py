@@ -66,6 +66,11 @@ def _scored(shape: VisionShape, work: LayerWork, sizes: np.ndarray, cost: LaneCo
     return replace(cost, qkv=cost.qkv + qkv, scores=cost.scores + scores)
 
 
+def tower_flops(shape: VisionShape, plan: VisualPlan | None, grids: Grids) -> int:
+    """FLOPs of the whole encoder."""
+    return patch_embedding(shape, grids) + sum(layer.total for layer in tower_layers(shape, plan, grids))
+
+
 class _Patches:
     """The patches that come into a layer."""
 

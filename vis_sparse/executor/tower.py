@@ -92,6 +92,11 @@ class TowerRun:
         self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
         self._angled: TowerTables | None = None
 
+    @property
+    def tables(self) -> TowerTables:
+        """Of the rows that come into the next layer."""
+        return self._tables
+
     def layer(self, index: int, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """The hidden states of all rows behind layer `index`, in the shape and the order of `hidden`.
 

@@ -25,7 +25,7 @@ from ..plans.measured import MeasuredPlan, boldest, from_text
 from ..plans.plan import PlanRecipe, VisualPlan
 from ..plans.scores import Calibration
 from .before import check_family
-from .calibrated import check_heads_file, checked_calibration
+from .calibrated import check_heads_file, checked_calibration, checked_tower
 from .decoder import read_decoder
 from .errors import PatchError
 from .family import Family
@@ -143,7 +143,7 @@ def patch(
     if graphs and kernels.name not in ("auto", "torch", "triton"):
         raise PatchError(f"graphs: got True with backend {kernels.name}, expected auto, torch or triton")
     check_family(family, plans)
-    plans, tower = _with_towers(family, outer, plans, heads, kernels)
+    plans, tower = _with_towers(family, outer, plans, heads, calibration, kernels)
     state, before = PatchState(family, model, decoder, plans, kernels, whole, graphs), _state(model)
     state.measured, state.tower = measured, tower
     if before is not None:
@@ -178,17 +178,23 @@ def _resolved(family: Family, plan: Plan, decoder: Decoder, heads, calibration) 
 
 
 def _with_towers(
-    family: Family, outer: nn.Module, plans: Mapping[str, VisualPlan], heads, kernels: Backend
+    family: Family,
+    outer: nn.Module,
+    plans: Mapping[str, VisualPlan],
+    heads,
+    calibration: Calibration | None,
+    kernels: Backend,
 ) -> tuple[dict[str, VisualPlan], PatchedTower | None]:
     """Plans with their tower sections resolved for the model's encoder, and the encoder under them."""
     asking = next((plan for plan in plans.values() if needs_tower(plan)), None)
     if asking is None:
         return dict(plans), None
-    kind, module = find_tower(family.towers, outer, asking)
+    kind, module = find_tower(family.towers, outer, f"plan {asking.name!r}")
     tower = read_tower(kind, module)
     sizes = len(tower.layers), tower.num_heads, tower.ffn_size
     first = heads if isinstance(heads, str) and heads == "first" else None
-    plans = {name: resolve_tower(plan, *sizes, first) for name, plan in plans.items()}
+    scores = checked_tower(calibration, module, tower)
+    plans = {name: resolve_tower(plan, *sizes, first, scores) for name, plan in plans.items()}
     return plans, PatchedTower(kind, module, tower, plans, kernels, family.merge(outer))
 
 

@@ -10,15 +10,17 @@ import torch
 from torch import nn
 
 from ..executor.decoder import Decoder
+from ..executor.tower import Tower
 from ..plans.atomic_write import is_file
 from ..plans.budgets import HEADS_FILES
 from ..plans.hub import located
 from ..plans.layer_plan import PlanError, brief
-from ..plans.scores import Calibration, origin
+from ..plans.scores import Calibration, TowerScores, origin
 from ..plans.tensor_file import read_tensors
 
 _VALUES = 64  # of every parameter, spread over it
 _LOWER = (torch.bfloat16, torch.float16)
+_TOWER = "tower "  # before the facts of the vision encoder
 
 
 def of_weights(model: nn.Module, dtype: torch.dtype | None = None) -> str:
@@ -58,6 +60,30 @@ def checked_calibration(
         calibration.check_fits(*sizes)
         _check_origin("calibration", calibration.metadata, model, text_model)
     return calibration
+
+
+def tower_facts(module: nn.Module) -> dict[str, str]:
+    """What a calibration keeps to know its vision encoder again."""
+    facts = {"class": type(module).__name__, **weight_facts(module)}
+    return {_TOWER + name: text for name, text in facts.items()}
+
+
+def checked_tower(calibration: Calibration | None, module: nn.Module, tower: Tower) -> TowerScores | None:
+    """A calibration's scores of the vision encoder, None without. Refused and warned of as `checked_calibration`."""
+    scores = None if calibration is None else calibration.tower
+    if scores is None:
+        return None
+    given = (*scores.heads.shape, scores.neurons.shape[1])
+    expected = len(tower.layers), tower.num_heads, tower.ffn_size
+    if given != expected:
+        raise PlanError(
+            f"calibration: tower: got {given} layers, heads and neurons, expected {expected} as in the "
+            f"{type(module).__name__}"
+        )
+    facts = calibration.metadata.items()
+    known = {name.removeprefix(_TOWER): text for name, text in facts if name.startswith(_TOWER)}
+    _check_origin("calibration: tower", known, module, module)
+    return scores
 
 
 def check_heads_file(heads, model: nn.Module, text_model: nn.Module) -> None:

@@ -67,8 +67,9 @@ def blocks_of(kind: TowerKind, module: nn.Module) -> nn.ModuleList:
     raise PatchError(f"tower: got a {type(module).__name__} without {' or '.join(kind.blocks)}, expected its layers")
 
 
-def find_tower(kinds: tuple[TowerKind, ...], outer: nn.Module, plan: VisualPlan) -> tuple[TowerKind, nn.Module]:
-    """The encoder of an outer model, of one of the kinds that its family knows. Raises PatchError without one."""
+def find_tower(kinds: tuple[TowerKind, ...], outer: nn.Module, asked_by: str) -> tuple[TowerKind, nn.Module]:
+    """The encoder of an outer model, of one of the kinds that its family knows. Raises PatchError without one, that
+    says who asked for it."""
     given = "no encoder that it knows"
     for kind in kinds:
         module = getattr(outer, kind.path, None)
@@ -78,8 +79,8 @@ def find_tower(kinds: tuple[TowerKind, ...], outer: nn.Module, plan: VisualPlan)
         given = type(module).__name__
     known = ", ".join(name for kind in kinds for name in kind.classes) or "none yet in this family"
     raise PatchError(
-        f"plan {plan.name!r}: tower: got a {type(outer).__name__} with {given}, expected an encoder of {known}; a plan "
-        "without a tower section runs"
+        f"{asked_by}: tower: got a {type(outer).__name__} with {given}, expected an encoder of {known}; a plan without "
+        "a tower section runs"
     )
 
 

@@ -108,7 +108,7 @@ class PatchedTower:
         if before is not None and before.by == "duplicate":
             tables = self._without_duplicates(before.tolerance, rows, tables, arguments)
         scored = before is not None and before.by == "received"
-        return TowerRun(executor, tables, self.last_read(arguments) - 1, scored)
+        return TowerRun(executor, tables, last_read(len(self._blocks), arguments) - 1, scored)
 
     def _without_duplicates(self, tolerance: float, rows: TowerRows, tables: TowerTables, arguments: dict):
         patches = token_patches(rows, self._merge)
@@ -126,17 +126,18 @@ class PatchedTower:
         patches = token_patches(self.kind.rows(self.module, arguments), self._merge)
         say(on_host(run.received)[patches].mean(1))
 
-    def last_read(self, arguments: dict) -> int:
-        """The last hidden state that somebody reads of a call, counted from 0 for what goes into the first layer.
 
-        transformers asks an encoder for the hidden states that a model's feature layers are, by index; nobody reads
-        the others, or what is made of the last one.
-        """
-        count, chosen = len(self._blocks), arguments.get("output_hidden_states")
-        if chosen is None or isinstance(chosen, bool) or arguments.get("return_dict") is False:
-            return count
-        chosen = [chosen] if isinstance(chosen, int) else list(chosen)
-        return max((index % (count + 1) for index in chosen), default=count)
+def last_read(num_layers: int, arguments: dict) -> int:
+    """The last hidden state that somebody reads of an encoder's call, counted from 0 for the first layer's input.
+
+    transformers asks an encoder for the hidden states that a model's feature layers are, by index; nobody reads the
+    others, or what is made of the last one.
+    """
+    chosen = arguments.get("output_hidden_states")
+    if chosen is None or isinstance(chosen, bool) or arguments.get("return_dict") is False:
+        return num_layers
+    chosen = [chosen] if isinstance(chosen, int) else list(chosen)
+    return max((index % (num_layers + 1) for index in chosen), default=num_layers)
 
 
 @torch.compiler.disable
@@ -153,7 +154,7 @@ def _tower_forward(state, plain, *args, **kwargs):
         _RUN.reset(token)
     if run is not None and run.is_scored:
         tower.say_received(run, arguments)
-    if run is None or tower.last_read(arguments) == len(tower._blocks):
+    if run is None or last_read(len(tower._blocks), arguments) == len(tower._blocks):
         return output
     # what would be made of a layer that did not run is empty, not stale
     missing = {name: output[name].new_empty(0) for name in _OF_THE_LAST if output.get(name) is not None}

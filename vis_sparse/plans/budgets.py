@@ -14,7 +14,7 @@ from .atomic_write import is_file
 from .hub import located
 from .layer_plan import HeadBudget, HeadFile, NeuronBudget, PlanError, brief, reason
 from .plan import VisualPlan, mask_plan
-from .scores import CALIBRATION_FILE, Calibration, keep_heads
+from .scores import CALIBRATION_FILE, Calibration, TowerScores, keep_heads
 from .tensor_file import read_tensors
 
 HEADS_FILES = ("heads.safetensors", "heads.npy", CALIBRATION_FILE)  # of a repository that holds one
@@ -74,7 +74,7 @@ def resolve_heads(
     num_heads: int,
     num_kv_heads: int,
     heads: str | Path | ArrayLike | None = None,
-    calibration: Calibration | str | Path | None = None,
+    calibration: Calibration | TowerScores | str | Path | None = None,
 ) -> VisualPlan:
     """`plan` with every head budget and head file turned into a mask, and every neuron budget into indices.
 
@@ -85,7 +85,7 @@ def resolve_heads(
     """
     if isinstance(calibration, str | Path):
         calibration = Calibration.load(calibration)
-    if not isinstance(calibration, Calibration | None):
+    if not isinstance(calibration, Calibration | TowerScores | None):
         raise PlanError(f"calibration: got {brief(calibration)}, expected a Calibration or its file")
     if heads is None and calibration is not None:
         heads = calibration.heads
@@ -111,12 +111,17 @@ def resolve_heads(
 
 
 def resolve_tower(
-    plan: VisualPlan, num_layers: int, num_heads: int, ffn_size: int, heads: str | None = None
+    plan: VisualPlan,
+    num_layers: int,
+    num_heads: int,
+    ffn_size: int,
+    heads: str | None = None,
+    calibration: TowerScores | None = None,
 ) -> VisualPlan:
     """`plan` with its tower, if it has one, made a plan of an encoder of these sizes, budgets resolved.
 
-    heads: "first" lets the first heads and neurons stand in for those of a budget; None refuses budgets. Raises
-    PlanError naming the field if the section does not fit the encoder.
+    heads: "first" lets the first heads and neurons stand in for those of a budget. calibration: of the encoder, for
+    budgets. Raises PlanError naming the field if the section does not fit the encoder, or a budget has no scores.
     """
     if plan.tower is None:
         return plan
@@ -124,11 +129,25 @@ def resolve_tower(
         tower = plan.tower
         tower = tower if isinstance(tower, VisualPlan) else tower.resolve(num_layers)
         tower.check_fits(num_layers, num_heads, ffn_size)
-        tower = resolve_heads(tower, num_heads, num_heads, heads)
+        if heads is None and calibration is None:
+            _check_no_budget(tower)
+        tower = resolve_heads(tower, num_heads, num_heads, heads, calibration)
         tower.check_fits(num_layers, num_heads, ffn_size)
     except PlanError as error:
         raise PlanError(f"plan {plan.name!r}: {error}") from None
     return plan.replace(tower=tower)
+
+
+def _check_no_budget(tower: VisualPlan) -> None:
+    for index, layer in enumerate(tower.layers):
+        for field, kind in (("heads", HeadBudget), ("ffn", NeuronBudget)):
+            budget = getattr(layer, field)
+            if isinstance(budget, kind):
+                raise PlanError(
+                    f"tower: layer {index}: {field}: got the budget {{keep: {budget.keep}}} and no scores of the "
+                    "vision encoder, expected calibration= (what vis_sparse.calibrate gives with tower=True, or its "
+                    "file; heads='first' for random weights)"
+                )
 
 
 def _masks(plan: VisualPlan, num_heads: int, num_kv_heads: int, heads) -> dict[int, tuple[bool, ...]]:

@@ -247,9 +247,16 @@ def mask_plan(plan: VisualPlan, masks: Sequence[Sequence[bool]]) -> VisualPlan:
     return plan.replace(layers=tuple(layers))
 
 
-def with_layer(plan: VisualPlan, index: int, layer: LayerPlan) -> VisualPlan:
-    """`plan` with one layer replaced."""
-    return plan.replace(layers=(*plan.layers[:index], layer, *plan.layers[index + 1 :]))
+def layer_at(plan: VisualPlan, place: int) -> LayerPlan:
+    """A decoder layer by its index; a layer of the tower's plan by an index below 0, the last one -1."""
+    return plan.layers[place] if place >= 0 else plan.tower.layers[place]
+
+
+def with_layer(plan: VisualPlan, place: int, layer: LayerPlan) -> VisualPlan:
+    """`plan` with the layer at a place (`layer_at`) replaced."""
+    if place < 0:
+        return plan.replace(tower=with_layer(plan.tower, plan.tower.num_layers + place, layer))
+    return plan.replace(layers=(*plan.layers[:place], layer, *plan.layers[place + 1 :]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,19 @@ CALIBRATION_FILE = "calibration.safetensors"  # of a repository that holds one
 
 
 @dataclass(frozen=True)
+class TowerScores:
+    """What a calibration measured in a vision encoder; patches are its visual rows. L layers, H heads of its own.
+
+    heads (L, H): effects (`effects.tower_effects`; 1 in all). neurons (L, neurons), sensitivity (L, 3) or None: as in
+    `Calibration`, neighbours in both directions.
+    """
+
+    heads: np.ndarray
+    neurons: np.ndarray
+    sensitivity: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Measurements over samples, on the dense model. Arrays are float32 unless said otherwise; L layers, H heads.
 
@@ -31,6 +44,7 @@ class Calibration:
     visual rows times the norm of the neuron's output column. sensitivity (L, 3), None if it was not measured:
     KL(dense || plan) of the answer's tokens (nats) when that layer alone is off for visual tokens, attends to
     neighbours only, skips its FFN (`probe.SENSITIVITY`). metadata: model, data, sizes and versions, text to text.
+    tower: the same of the vision encoder, None if it was not measured.
     """
 
     heads: np.ndarray
@@ -43,6 +57,7 @@ class Calibration:
     neurons: np.ndarray
     sensitivity: np.ndarray | None = None
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+    tower: TowerScores | None = None
 
     @property
     def num_samples(self) -> int:
@@ -81,6 +96,8 @@ class Calibration:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, at once: an interrupted save leaves the old file."""
         tensors = {name: getattr(self, name) for name in _SIZES}
+        if self.tower is not None:
+            tensors |= {TOWER + name: array for name, array in vars(self.tower).items()}
         write_tensors(path, {name: array for name, array in tensors.items() if array is not None}, self.metadata)
 
     @classmethod
@@ -94,10 +111,14 @@ class Calibration:
             if not is_file(path):
                 raise ValueError("there is none")
             tensors, metadata = read_tensors(path)
-            _check(tensors, metadata)
+            own = {name: array for name, array in tensors.items() if not name.startswith(TOWER)}
+            _check(own, metadata)
+            tower = {name.removeprefix(TOWER): tensors[name] for name in tensors.keys() - own.keys()}
+            if tower:
+                _check_sizes(tower, _OF_TOWER)
         except ValueError as error:
             raise PlanError(f"calibration: {path}: expected a file that calibrate wrote ({error})") from None
-        return cls(**tensors, metadata=metadata)
+        return cls(**own, metadata=metadata, tower=TowerScores(**tower) if tower else None)
 
 
 # Sizes of the arrays: L layers, H heads, n samples, N neurons, or a number.
@@ -107,14 +128,26 @@ _SIZES = {
 }  # fmt: skip
 
 
+TOWER = "tower."  # before the names of a vision encoder's arrays
+_OF_TOWER = {name: _SIZES[name] for name in ("heads", "neurons", "sensitivity")}
+
+
 def _check(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     """Raise ValueError unless these are a calibration's arrays, of sizes that agree."""
-    missing = sorted(_SIZES.keys() - {"sensitivity"} - tensors.keys())
-    unknown = sorted(tensors.keys() - _SIZES.keys())
+    sizes = _check_sizes(tensors, _SIZES)
+    kv_heads = metadata.get("kv_heads", "1")
+    if not re.fullmatch("[1-9][0-9]{,8}", kv_heads) or sizes["H"] % int(kv_heads):
+        raise ValueError(f"kv_heads is {kv_heads[:80]!r} of {sizes['H']} heads")
+
+
+def _check_sizes(tensors: dict[str, np.ndarray], known: dict[str, str]) -> dict[str, int]:
+    """The sizes by letter. Raises ValueError unless these are the known arrays, of sizes that agree."""
+    missing = sorted(known.keys() - {"sensitivity"} - tensors.keys())
+    unknown = sorted(tensors.keys() - known.keys())
     if missing or unknown:
         raise ValueError(f"without {missing[0]}" if missing else f"with a tensor {unknown[0]}")
     sizes = {"2": 2, "3": 3}
-    for name, letters in _SIZES.items():
+    for name, letters in known.items():
         array = tensors.get(name)
         if array is None:
             continue
@@ -124,9 +157,7 @@ def _check(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
             raise ValueError(f"{name} is {array.dtype} of shape {array.shape}, not numbers of ({wanted})")
         if np.isnan(array).any():
             raise ValueError(f"{name} holds NaN")
-    kv_heads = metadata.get("kv_heads", "1")
-    if not re.fullmatch("[1-9][0-9]{,8}", kv_heads) or sizes["H"] % int(kv_heads):
-        raise ValueError(f"kv_heads is {kv_heads[:80]!r} of {sizes['H']} heads")
+    return sizes
 
 
 def origin(metadata: dict[str, str]) -> str:

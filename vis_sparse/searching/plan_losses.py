@@ -35,13 +35,17 @@ class PlanLosses:
     until = float("inf")
 
     def __init__(self, probe: Probe, cost: Callable[[VisualPlan], float], log: Log):
-        self._probe, self._cost, self._log, self._start = probe, cost, log, probe.plan
-        self._whole, self._every = cost(probe.plan), max(1, probe.num_samples // _ROUGH)
+        self._probe, self._cost, self._log = probe, cost, log
+        self._start = self._dense = probe.plan
+        # the unpatched model's: it has a tower that runs layers which nobody reads
+        whole = cost(probe.plan.replace(tower=None))
+        self._whole, self._every = whole, max(1, probe.num_samples // _ROUGH)
         self._points: dict[tuple[VisualPlan, bool], Point] = {}
 
     @property
     def dense(self) -> VisualPlan:
-        return VisualPlan.dense(self._start.num_layers)
+        """Of the vision encoder too, if the probe asks about it."""
+        return self._dense
 
     @property
     def prompt(self) -> str:
@@ -62,7 +66,7 @@ class PlanLosses:
         """The point of a plan whose heads are masks."""
         if (plan, rough) not in self._points:
             every = self._every if rough else 1
-            key = hashlib.sha256(repr((self._probe.work(plan), every)).encode()).hexdigest()
+            key = hashlib.sha256(repr((self._probe.all_work(plan), every)).encode()).hexdigest()
             kl, accuracy = self._log(key, lambda: self._measure(plan, every))
             self._points[plan, rough] = Point(plan, self.cost(plan), kl, accuracy)
         return self._points[plan, rough]

@@ -19,16 +19,17 @@ from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 
 from ..cost.flops import flops
 from ..cost.report import CostReport
 from ..cost.shape_lookup import shape_of
-from ..layout.layout import VisualLayout
+from ..cost.shapes import ModelShape
+from ..cost.tower import tower_flops
 from ..plans.layer_plan import PlanError
-from ..plans.plan import VisualPlan, with_layer
+from ..plans.plan import VisualPlan, layer_at, with_layer
 from ..plans.scores import Calibration
 from .changes import LayerChange, LayerChanges
 from .pareto import Point
@@ -38,13 +39,25 @@ if TYPE_CHECKING:
     from torch import nn
     from typing_extensions import Unpack
 
-# Costs that are counted, of which a budget is a share; "time" is measured.
-COUNTED: dict[str, Callable[[CostReport], int]] = {
-    "visual": lambda cost: cost.prefill.lane("visual"),
-    "prefill": lambda cost: cost.total,
-    "kv": lambda cost: cost.kv_visual_bytes,
+    from ..calibration.probe import Probe
+
+
+class Cost(NamedTuple):
+    """What a budget is a share of. counted: from the decoder's cost and the vision encoder's FLOPs; None if it is
+    measured, in seconds. tower: whether the encoder's layers are changed too."""
+
+    counted: Callable[[CostReport, int], int] | None
+    tower: bool = False
+
+
+COSTS = {
+    "visual": Cost(lambda cost, tower: cost.prefill.lane("visual")),
+    "prefill": Cost(lambda cost, tower: cost.total),
+    "kv": Cost(lambda cost, tower: cost.kv_visual_bytes),
+    "time": Cost(None),
+    "all": Cost(lambda cost, tower: cost.prefill.lane("visual") + tower, tower=True),
+    "all-time": Cost(None, tower=True),
 }
-COSTS = (*COUNTED, "time")
 OBJECTIVES: dict[str, Callable[[Point], float]] = {
     "kl": lambda point: point.kl,
     # KL parts plans that answer equally many samples right, as most do
@@ -101,41 +114,52 @@ def search_front(
     samples: as `calibrate` takes them, with labels; a search fits those that it has, so take some hundreds. budget:
     share in (0, 1] of the dense model's `cost`: "visual", FLOPs of the visual lane in prefill; "prefill", FLOPs of the
     decoder; "kv", bytes of visual keys and values; "time", seconds of the decoder's prefill on this machine
-    (`layer_times.LayerTimes`); all of them for the sample of median length. objective: "kl", or "accuracy" of the
-    labels. calibration: a `Calibration` of the model, or its file: which heads and neurons go first; made from the
-    samples if None. time_limit: seconds after which candidates are not measured again before a step (each step still
-    is), and nothing is tried after the way down. batch: samples in one call. log: a file that holds what was measured;
-    a search that is stopped and started again with it goes on, and a search for another budget uses it.
+    (`layer_times.LayerTimes`). "all", FLOPs of the vision encoder and of the visual lane, and "all-time", seconds of
+    the encoder's and the decoder's layers, change the encoder's layers too: plans then have a tower section. All of
+    them for the sample of median length. objective: "kl", or "accuracy" of the labels. calibration: a `Calibration` of
+    the model, or its file: which heads and neurons go first, those of the encoder too where that is changed
+    (`calibrate(..., tower=True)`); made from the samples if None. time_limit: seconds after which candidates are not
+    measured again before a step (each step still is), and nothing is tried after the way down. batch: samples in one
+    call. log: a file that holds what was measured; a search that is stopped and started again with it goes on, and a
+    search for another budget uses it.
 
     Raises PlanError for settings out of range, PatchError and SampleError as `calibrate` does.
     """
     from ..calibration.measure import calibrate
     from ..calibration.profiles import Target
     from ..calibration.samples import on_device
-    from ..patches.calibrated import checked_calibration
+    from ..calibration.vision import Vision
+    from ..patches.calibrated import checked_calibration, checked_tower
     from .published import chains
 
     if not 0 < budget <= 1:
         raise PlanError(f"budget: got {budget!r}, expected a share in (0, 1]")
-    for name, given, known in (("cost", cost, COSTS), ("objective", objective, OBJECTIVES)):
-        if given not in known:
-            raise PlanError(f"{name}: got {given!r}, expected one of {', '.join(known)}")
+    with_tower = cost_of(cost).tower
+    if objective not in OBJECTIVES:
+        raise PlanError(f"objective: got {objective!r}, expected one of {', '.join(OBJECTIVES)}")
     samples = [on_device(sample, model) for sample in samples]
     if calibration is None:
-        calibration = calibrate(model, samples)
+        calibration = calibrate(model, samples, tower=with_tower)
     else:
         target = Target.of(model)
         calibration = checked_calibration(calibration, model, target.text_model, target.decoder)
+        vision = Vision.of(target) if with_tower else None
+        if vision is not None and checked_tower(calibration, vision.module, vision.tower) is None:
+            raise PlanError("calibration: got one without scores of the vision encoder, expected calibrate(tower=True)")
     meter, kv_heads = meter_of(model, samples, cost, batch, log), shape_of(model).kv_heads
-    loss, ladder = OBJECTIVES[objective], LayerChanges(calibration, kv_heads)
+    loss, ladder = OBJECTIVES[objective], LayerChanges(calibration, kv_heads, with_tower)
     end = float("inf") if time_limit is None else time.monotonic() + time_limit
+
+    def whole(plan: VisualPlan) -> VisualPlan:
+        """A published method's plan; they say nothing of the vision encoder."""
+        return plan.replace(tower=meter.dense.tower)
 
     def ways() -> Iterator[Point]:
         yield from _descend(meter, ladder, loss, meter(meter.dense), budget, end)
         meter.until = end
         meter.start_from(meter.dense)
-        methods, stages = chains(calibration.heads, kv_heads, lambda plan: loss(meter(plan))), _stages(budget)
-        published = itertools.chain.from_iterable(methods.values())
+        methods, stages = chains(calibration.heads, kv_heads, lambda plan: loss(meter(whole(plan)))), _stages(budget)
+        published = map(whole, itertools.chain.from_iterable(methods.values()))
         yield from map(meter, (plan for plan in published if meter.cost(plan) <= stages[0]))
         start = None
         for share in stages:
@@ -152,6 +176,13 @@ def search_front(
             yield found[-1]
 
 
+def cost_of(name: str) -> Cost:
+    """A cost by its name. Raises PlanError."""
+    if name not in COSTS:
+        raise PlanError(f"cost: got {name!r}, expected one of {', '.join(COSTS)}")
+    return COSTS[name]
+
+
 def meter_of(
     model, samples: Sequence[dict], cost: str = "visual", batch: int = 16, log: str | Path | None = None
 ) -> PlanLosses:
@@ -159,21 +190,26 @@ def meter_of(
     from ..calibration.fingerprint import of_samples, of_versions
     from ..calibration.probe import Probe
     from ..calibration.profiles import Target
+    from ..calibration.vision import Vision
     from ..patches.calibrated import of_weights
     from .log import Log
 
-    target, shape = Target.of(model), shape_of(model)
-    probe = Probe(target, samples, batch)
+    target, shape, kind = Target.of(model), shape_of(model), cost_of(cost)
+    if kind.tower and kind.counted is not None and shape.vision is None:
+        raise PlanError(f"cost: got {cost}, whose vision encoder is not described for {shape.name}, expected another")
+    vision = Vision.of(target) if kind.tower else None
+    probe = Probe(target, samples, batch, vision)
     # rough measurements take every so manieth batch
     facts = {"weights": of_weights(model), "samples": of_samples(samples), "batch": str(batch)}
     known = Log(log, facts | of_versions())
     middle = middle_sample(probe)
-    if cost == "time":
+    one = Probe(target, samples[middle : middle + 1], vision=vision)
+    if kind.counted is None:
         from .layer_times import LayerTimes
 
-        counted = LayerTimes(Probe(target, samples[middle : middle + 1]), known)
+        counted = LayerTimes(one, known)
     else:
-        counted = partial(_count, COUNTED[cost], shape, probe.layouts[middle], probe.lengths[middle])
+        counted = partial(_count, kind, shape, one)
     return PlanLosses(probe, counted, known)
 
 
@@ -183,8 +219,11 @@ def _stages(budget: float) -> list[float]:
     return [*halvings, budget]
 
 
-def _count(cost: Callable[[CostReport], int], shape, layout: VisualLayout, length: int, plan: VisualPlan) -> int:
-    return cost(flops(shape, plan, layout=layout, text_tokens=length - layout.num_visual))
+def _count(cost: Cost, shape: ModelShape, probe: Probe, plan: VisualPlan) -> int:
+    """The cost of a plan for the one sample of a probe."""
+    (layout,), (length,) = probe.layouts, probe.lengths
+    report = flops(shape, plan, layout=layout, text_tokens=length - layout.num_visual)
+    return cost.counted(report, tower_flops(shape.vision, plan.tower, probe.grids) if cost.tower else 0)
 
 
 def _descend(meter, ladder, loss, point: Point, budget: float, end: float) -> Iterator[Point]:
@@ -219,9 +258,9 @@ def _descend(meter, ladder, loss, point: Point, budget: float, end: float) -> It
         point = meter(with_layer(point.plan, *change))
         meter.start_from(point.plan)
         yield point
-        index = change[0]
-        queue = [entry for entry in queue if entry[2][0] != index]
-        again = ((index, layer) for layer in ladder.of_layer(point.plan, index))
+        place = change[0]
+        queue = [entry for entry in queue if entry[2][0] != place]
+        again = ((place, layer) for layer in ladder.of_layer(point.plan, place))
         queue += [(rate(change), next(numbers), change) for change in again]
         heapq.heapify(queue)
 
@@ -238,7 +277,7 @@ def _exchange(meter, ladder, loss, point: Point, budget: float) -> Iterator[Poin
         meter.start_from(start.plan)
         changes = [*_pairs(meter, ladder, loss, start, budget), *ladder.swaps(start.plan)]
         for change in _promising(meter, loss, start, changes, budget):
-            if all(start.plan.layers[index] == point.plan.layers[index] for index, _ in change):
+            if all(layer_at(start.plan, place) == layer_at(point.plan, place) for place, _ in change):
                 plan = _with_layers(point.plan, change)
                 if meter.cost(plan) <= budget and loss(meter(plan)) < loss(point) - _FREE:
                     point, better = meter(plan), True
@@ -271,7 +310,7 @@ def _pairs(meter, ladder, loss, start: Point, budget: float) -> Iterator[list[La
     everything = [everything[index] for index in possible]
     # the first entry is no change: a pair with it is a change alone
     saved = np.array([0.0, *saved[possible]])
-    layers = np.array([-1, *(index for index, _ in everything)])
+    layers = np.array([-np.inf, *(place for place, _ in everything)])
     rough = (loss(meter(with_layer(start.plan, *change), rough=True)) for change in everything)
     lost = np.array([0.0, *rough])
     lost[1:] -= loss(meter(start.plan, rough=True))
