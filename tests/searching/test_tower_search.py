@@ -147,6 +147,7 @@ def test_what_cannot_be_searched_is_refused(model, samples):
         list(search_front(model, samples[:1], cost="all", budget=0.01, time_limit=0))
 
 
+@pytest.mark.slow
 def test_the_command_searches_both(tmp_path):
     out, scores = tmp_path / "plan.yaml", tmp_path / "a.safetensors"
     data = ["--model", str(checkpoint()), "--data", "tiny-train", "--samples", "2"]
