@@ -66,11 +66,11 @@ def _models(text: str):
 
 @functools.cache
 def _shipped() -> list[VisualPlan]:
-    """Shipped plans that fit so small a model."""
+    """Shipped plans that fit so small a model, which has no tower."""
     found = []
     for name in plan_names():
         try:
-            found.append(resolve_heads(load_plan(name).resolve(LAYERS), HEADS, HEADS, "first"))
+            found.append(resolve_heads(load_plan(name).resolve(LAYERS).replace(tower=None), HEADS, HEADS, "first"))
         except PlanError:  # it names layers that are not there
             continue
     return found

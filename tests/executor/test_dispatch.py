@@ -163,7 +163,7 @@ def plans_to_count():
 def test_flops_are_the_counted_ones(full_size, name, semantics):
     plan = PLANS[name].replace(semantics=semantics)
     report = vis_sparse.flops(NAME, plan, layout=LAYOUT, text_tokens=TEXT, convention="executed")
-    with vis_sparse.patched(full_size, plan), vis_sparse.use_layout(full_size, LAYOUT):
+    with vis_sparse.patched(full_size, plan, heads="first"), vis_sparse.use_layout(full_size, LAYOUT):
         text_model = full_size.model.language_model
         with FlopCounterMode(display=False) as prefill:
             prompt = torch.empty(1, TEXT + LAYOUT.num_visual, 4096, device="meta")
