@@ -11,7 +11,7 @@ from pathlib import Path
 from vis_sparse.eval.deep.export import export
 from vis_sparse.eval.tiny.smol_files import DIFFERENCE
 
-STAGES = {"vision": 15.0, "whole": 65.0, "eyes": 45.0, "again": 45.0}  # minutes
+STAGES = {"vision": 15.0, "whole": 65.0, "eyes": 20.0, "again": 25.0}  # minutes
 
 # One thread each: two would wait for each other at full load when other work runs beside them. And the C library keeps
 # what is freed: it gave large tensors back to the system, and half of the time went into getting them again.
