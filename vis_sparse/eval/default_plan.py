@@ -14,7 +14,7 @@ from ..calibration.profiles import Target
 from ..cost.shape_lookup import shape_of
 from ..plans.files import as_plan
 from ..plans.plan import VisualPlan
-from .comparison.answers import answers
+from .comparison.answers import answers, computed
 from .comparison.paired import only_one_right
 from .progress import progress
 from .tiny import NAMES, checkpoint
@@ -30,7 +30,7 @@ def row(name: str, asked: int, on_step: Callable[[int, int], None]) -> str:
     layers = shape_of(target.model).layers
     plans = [VisualPlan.dense(layers), as_plan(PLAN, layers)]
     given = answers(target, AutoProcessor.from_pretrained(folder), plans, asked, on_step)
-    dense, own = (given[plan.layers] for plan in plans)
+    dense, own = (given[computed(plan)] for plan in plans)
     cells = []
     for kind in KINDS:
         won, lost = only_one_right(own.right[kind], dense.right[kind])
