@@ -51,6 +51,7 @@ def plans(model: nn.Module) -> None:
     fewer = vis_sparse.LayerPlan(tokens=vis_sparse.TokenBudget(0.5, by="norm"))
     plan = vis_sparse.VisualPlan((layer, fewer, vis_sparse.LayerPlan.off()), name="mine")
     assert_type(plan.replace(about="an example"), vis_sparse.VisualPlan)
+    plan.replace(before=vis_sparse.TokensBefore("received", 0.5))
     assert_type(plan.to_yaml(), str)
     assert_type(vis_sparse.VisualPlan.from_yaml("mine.yaml", num_layers=32), vis_sparse.VisualPlan)
     for named in (vis_sparse.VisualPlan.dense(32), vis_sparse.VisualPlan.vtw(32, 16)):

@@ -63,7 +63,9 @@ class VisualLayout:
             previous = segment
 
     @classmethod
-    def from_grids(cls, samples: Sequence[Sequence[tuple]]) -> VisualLayout:
+    def from_grids(
+        cls, samples: Sequence[Sequence[tuple[int, tuple[int, int, int]] | tuple[int, tuple[int, int, int], str]]]
+    ) -> VisualLayout:
         """From, per sample, (first position, (frames, height, width)) of each segment, and its modality or not."""
         segments = [
             Segment(index, int(start), *(int(side) for side in grid), *modality)
