@@ -60,6 +60,8 @@ class TokensBefore:
         """Number of tokens kept of a segment of `num_tokens`: rounded down, but at least 1 of any."""
         return min(num_tokens, max(1, int(num_tokens * self.keep + 1e-6)))
 
-    def to_data(self) -> dict:
+    def to_data(self) -> dict[str, str | float]:
         """As a file holds it."""
-        return {"by": self.by, "tolerance": self.tolerance} if self.keep is None else {"keep": self.keep, "by": self.by}
+        if self.keep is None:
+            return {"by": self.by, "tolerance": self.tolerance}
+        return {"keep": self.keep, "by": self.by}
