@@ -349,8 +349,8 @@ def run_case(seed: int) -> list[str]:
     plans = {f"plan {number}": _any_plan(rng) for number in range(rng.integers(1, 4))}
     backend = str(rng.choice(["reference", "torch"]))
     did = [f"{text}, {backend}, {', '.join(plan.name for plan in plans.values())}"]
-    vis_sparse.patch(model, plans, backend=backend, verify=False)
     try:
+        vis_sparse.patch(model, plans, backend=backend, verify=False)
         for turn in range(rng.integers(1, 4)):
             if turn:
                 change = str(rng.choice(list(CHANGES)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from .bench_vllm import KEYS
 from .numbers import human, mebibytes, percent, seconds, span, three_digits
 
 
@@ -164,9 +165,8 @@ def draw_served(console: Console, results: list[dict]) -> None:
             times = (seconds(row[f"{who}_{key}"] / 1e3) for key in ("ttft_ms", "tpot_ms"))
             shown = str(row["concurrency"]) if who == "dense" else ""
             table.add_row(shown, name, *times, three_digits(row[f"{who}_tokens_per_s"]))
-        keys = ("ttft_ms", "tpot_ms", "tokens_per_s")
-        table.add_row("", "ratio", *(f"{row[f'ratio_{key}']:.2f}" for key in keys), style="bright_black")
-        spread = ("{:.2f} to {:.2f}".format(*row[f"quartiles_{key}"]) for key in keys)
+        table.add_row("", "ratio", *(f"{row[f'ratio_{key}']:.2f}" for key in KEYS), style="bright_black")
+        spread = ("{:.2f} to {:.2f}".format(*row[f"quartiles_{key}"]) for key in KEYS)
         table.add_row("", "quartiles", *spread, style="bright_black")
     console.print(table)
     console.print(

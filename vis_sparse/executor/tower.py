@@ -78,12 +78,13 @@ class TowerExecutor:
 class TowerRun:
     """One call of an encoder, layer by layer.
 
-    tables: of its rows; replaced where patches leave. last: the last layer that somebody reads. received: if it
-    `is_scored`, the attention that each row of the call gets in the last layer that runs, once that has run.
+    tables: of the rows that come into the next layer; replaced where patches leave. last: the last layer that somebody
+    reads. received: if it `is_scored`, the attention that each row of the call gets in the last layer that runs, once
+    that has run.
     """
 
     def __init__(self, executor: TowerExecutor, tables: TowerTables, last: int, scored: bool = False):
-        self._executor, self._tables, self._last = executor, tables, last
+        self._executor, self.tables, self._last = executor, tables, last
         running = (index for index, lane in enumerate(executor.lanes) if lane is not None and index <= last)
         self.is_scored = scored
         self._scored = max(running, default=None) if scored else None
@@ -91,11 +92,6 @@ class TowerRun:
         self._bound = executor.bound()
         self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
         self._angled: TowerTables | None = None
-
-    @property
-    def tables(self) -> TowerTables:
-        """Of the rows that come into the next layer."""
-        return self._tables
 
     def layer(self, index: int, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """The hidden states of all rows behind layer `index`, in the shape and the order of `hidden`.
@@ -106,7 +102,7 @@ class TowerRun:
         lane = self._executor.lanes[index]
         if lane is None or index > self._last:
             return hidden
-        rows, tables = hidden.reshape(-1, hidden.shape[-1]), self._tables
+        rows, tables = hidden.reshape(-1, hidden.shape[-1]), self.tables
         if len(rows) != tables.num_rows:
             raise LayoutError(
                 f"vision tower: got {len(rows)} rows in layer {index}, expected the {tables.num_rows} of its images"
@@ -118,7 +114,7 @@ class TowerRun:
         budget = lane.work.tokens
         if budget is not None:
             scores = on_host(norms(x[tables.num_globals :].detach())) if budget.by == "norm" else None
-            self._tables = tables.keep(budget, index, scores)
+            self.tables = tables.keep(budget, index, scores)
         if tables.back is None:
             x = rows.index_copy(0, tables.index, x)
         elif tables.index is not None:
@@ -127,7 +123,7 @@ class TowerRun:
 
     @torch.no_grad()
     def _score(self, lane: TowerLane, query: torch.Tensor, key: torch.Tensor) -> None:
-        self.received = self._tables.received(query, key, lane.layer.windowed, lane.layer.scale)
+        self.received = self.tables.received(query, key, lane.layer.windowed, lane.layer.scale)
 
 
 def _angles(cos: torch.Tensor, sin: torch.Tensor, index: torch.Tensor | None):
