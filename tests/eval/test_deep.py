@@ -23,6 +23,7 @@ from vis_sparse.eval.deep.answers import KINDS, Answers, examined, kinds_of, lik
 from vis_sparse.eval.deep.decoder import LINEARS, SCALE, Decoder, place_of
 from vis_sparse.eval.deep.export import difference, restored, weights_of
 from vis_sparse.eval.deep.planned import PlannedDecoder
+from vis_sparse.eval.deep.projector import new_projector, projected
 from vis_sparse.eval.deep.run import Run, Schedule
 from vis_sparse.eval.deep.sequences import NO_LABEL, Writer, sequences
 from vis_sparse.eval.deep.vision import CLASSES, EARLY_CLASSES, labels_of
@@ -31,6 +32,7 @@ from vis_sparse.eval.tiny import data, smol_files
 from vis_sparse.eval.tiny.dialogs import Turn
 from vis_sparse.eval.tiny.reading import WORDS, full_page, page
 from vis_sparse.plans.budgets import resolve_heads
+from vis_sparse.plans.carried import plans_of_folder
 from vis_sparse.plans.files import as_plan
 from vis_sparse.plans.plan import VisualPlan
 from vis_sparse.plans.schedule import schedule
@@ -252,16 +254,35 @@ def test_an_adapter_is_read_as_peft_reads_it(tmp_path):
     llava = small_llava()
     plan = resolve_heads(as_plan("yopo-12", 8), 6, 2, heads="first")
     trained = Decoder(llava.config.text_config, text_state(llava), torch.float32, rank=3)
+    projector = new_projector(16, 96)
+    own = llava.model.multi_modal_projector
+    projector.load_state_dict(own.state_dict())
+    added = adapter_files.with_difference(projector)
+    pixels = torch.randn(2, 36, 16)
+    torch.testing.assert_close(projected(projector, pixels), own(pixels))
     with torch.no_grad():
-        for parameter in trained.lora.values():
+        for parameter in (*trained.lora.values(), *added.values()):
             parameter.normal_(std=0.1)
-    adapter_files.write(tmp_path, trained)
-    added = adapter_files.read(tmp_path)
-    state = {key: smol_files.merged(key, value, added) for key, value in text_state(llava).items()}
-    assert not torch.equal(
-        state["model.layers.7.mlp.down_proj.weight"], text_state(llava)["model.layers.7.mlp.down_proj.weight"]
-    )
-    found, expected = logits_under(plan, llava, state, PeftModel.from_pretrained(llava, tmp_path).eval())
+    name = "lora.model.layers.5.self_attn.k_proj"
+    fitted = {f"{name}.a": torch.randn(2, 96), f"{name}.b": torch.randn(32, 2)}
+    adapter_files.write(tmp_path, trained, added, plan, fitted)
+    difference = smol_files.adapter_difference(tmp_path)
+    state = {key: smol_files.merged(key, value, difference) for key, value in text_state(llava).items()}
+    both = text_state(llava)["model.layers.5.self_attn.k_proj.weight"] + fitted[f"{name}.b"] @ fitted[f"{name}.a"]
+    both += SCALE * trained.lora["5-k_proj-b"] @ trained.lora["5-k_proj-a"]
+    torch.testing.assert_close(state["model.layers.5.self_attn.k_proj.weight"], both, rtol=1e-2, atol=1e-2)
+    changed = "model.layers.7.mlp.down_proj.weight"
+    assert not torch.equal(state[changed], text_state(llava)[changed])
+    peft = PeftModel.from_pretrained(llava, tmp_path).eval()
+    assert plans_of_folder(tmp_path) == {"yopo-12": plan}
+    merged = new_projector(16, 96)
+    merged.load_state_dict(small_llava().model.multi_modal_projector.state_dict())
+    adapter_files.merge(merged, difference)
+    for found in (projected(projector, pixels), projected(merged, pixels)):
+        torch.testing.assert_close(found, peft.model.model.multi_modal_projector(pixels), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(projected(merged, pixels), small_llava().model.multi_modal_projector(pixels), atol=1e-2)
+    # rounded to fp16 in the file
+    found, expected = logits_under(plan, llava, state, peft)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +53,23 @@ class _Batch:
     labels: torch.Tensor
     weights: torch.Tensor  # of the rows: every sample counts as much
     vision: VisionStates | None
+
+
+class LayerRows(NamedTuple):
+    """What enters a layer's projections, (rows, width): visual rows of the current plan and of another one, and the
+    other one's text rows."""
+
+    dense: torch.Tensor
+    visual: torch.Tensor
+    text: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: _Batch, current: torch.Tensor, other: torch.Tensor) -> LayerRows:
+        """Of (batch, length, width) under the current plan and the other one."""
+        call = batch.call
+        (current, *_), (other, *_) = (call.split(hidden, batch.cos, batch.sin) for hidden in (current, other))
+        real = torch.from_numpy(call.packing.text_valid.ravel()).to(other.device)
+        return cls(current[call.num_text :], other[call.num_text :], other[: call.num_text][real])
 
 
 class Probe:
@@ -123,9 +141,9 @@ class Probe:
         """(height, width) in patches of every image or frame that the vision encoder sees."""
         return [grid for batch in self._batches if batch.vision for grid in batch.vision.grids]
 
-    def _executor(self, plan: VisualPlan, start: int) -> LaneExecutor:
-        decoder = dataclasses.replace(self.target.decoder, layers=self.target.decoder.layers[start:])
-        executor = LaneExecutor(decoder, plan.replace(layers=plan.layers[start:]), self.backend)
+    def _executor(self, plan: VisualPlan, start: int, stop: int | None = None) -> LaneExecutor:
+        decoder = dataclasses.replace(self.target.decoder, layers=self.target.decoder.layers[start:stop])
+        executor = LaneExecutor(decoder, plan.replace(layers=plan.layers[start:stop]), self.backend)
         if executor.drops:
             raise PlanError(
                 f"plan {plan.name!r}: tokens: got a plan under which visual tokens leave, expected one that keeps them "
@@ -216,6 +234,18 @@ class Probe:
 
     def accuracy(self, plan: VisualPlan) -> float:
         return self.measure(plan)[1]
+
+    def walk(self, plan: VisualPlan) -> Iterator[list[LayerRows]]:
+        """For each decoder layer, the rows that enter it in every batch. Begins with the current plan's; a layer runs
+        under `plan` when the next one is asked for, with the weights that it has by then."""
+        hidden = [batch.states[0] for batch in self._batches]
+        for index, layer in enumerate(self.target.decoder.layers):
+            norm, pairs = layer.module("input_norm"), zip(self._batches, hidden)
+            yield [LayerRows.of(batch, norm(batch.states[index]), norm(now)) for batch, now in pairs]
+            executor = self._executor(plan, index, index + 1)
+            for number, batch in enumerate(self._batches):
+                added = batch.added[index : index + 1]
+                hidden[number] = executor.run(hidden[number], batch.cos, batch.sin, batch.call, added=added)
 
     @torch.no_grad()
     def adopt(self, plan: VisualPlan) -> None:

@@ -12,7 +12,7 @@ import typer
 from ..eval.bench import DTYPES
 from ..eval.tiny import SHIPPED
 from .checks import one_of, output_folder, torch_device
-from .options import JsonOption, emit, shipped
+from .options import JsonOption, emit, scores_beside, shipped
 
 
 def eval_command(
@@ -72,7 +72,7 @@ def eval_command(
 
         if model in SHIPPED:
             folder = shipped(model)
-            model, calibration = str(folder), calibration or folder / "heads.safetensors"
+            model, calibration = str(folder), calibration or scores_beside(folder)
             # lmms-eval's class for Qwen2-VL resizes images to multiples of 28 pixels
             base = base or "llava_hf"
         settings = Settings(

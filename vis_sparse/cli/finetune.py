@@ -10,10 +10,9 @@ from rich.console import Console
 
 from ..eval.progress import progress
 from ..eval.tables import tight_table
-from ..eval.tiny import SHIPPED, checkpoint
 from .calibrate import CheckpointOption, DeviceOption
 from .checks import count, output_folder
-from .options import JsonOption, emit
+from .options import JsonOption, emit, scores_beside
 
 
 def finetune_command(
@@ -112,7 +111,6 @@ def finetune_command(
         workers=workers,
         seed=seed,
     )
-    shipped = {str(checkpoint(family)): checkpoint(family) / "heads.safetensors" for family in SHIPPED.values()}
     device, reports = join(device)
     loaded, processor = load_model(model, dtype, device)
     with progress("training") as on_step, progress("asking the dense model") as on_teacher:
@@ -125,7 +123,7 @@ def finetune_command(
             settings=settings,
             images=images,
             held_out=eval_data,
-            calibration=calibration or shipped.get(model),
+            calibration=calibration or scores_beside(model),
             resume=resume,
             on_step=on_step,
             on_teacher=on_teacher,

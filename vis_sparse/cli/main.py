@@ -28,6 +28,7 @@ from .demo import demo_command
 from .doctor import doctor_command
 from .evaluate import eval_command
 from .finetune import finetune_command
+from .fit import fit_command
 from .flops import flops_command
 from .plan import plan_app
 from .report import report_command
@@ -117,6 +118,9 @@ app.command("calibrate", epilog="Example: vis-sparse calibrate --model DIR --dat
 )
 app.command("search", epilog="Example: vis-sparse search --model DIR --data tiny-train --budget 0.12 --out plan.yaml")(
     search_command
+)
+app.command("fit", epilog="Example: vis-sparse fit --model DIR --data tiny-train --plan plan.yaml --out fitted")(
+    fit_command
 )
 app.command(
     "finetune", epilog="Example: vis-sparse finetune --model DIR --data d.json --plan yopo-12 --out tuned --lora 64"

@@ -39,6 +39,12 @@ def shipped(model: str) -> Path:
         raise ShapeError(str(error)) from None
 
 
+def scores_beside(model: str | Path) -> Path | None:
+    """The head scores that a checkpoint's folder has, as the shipped ones' do."""
+    file = Path(model) / "heads.safetensors"
+    return file if file.is_file() else None
+
+
 JsonOption = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write the result as JSON; - = stdout.", callback=output_file),

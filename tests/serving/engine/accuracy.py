@@ -84,7 +84,8 @@ def _number(sample: dict) -> int:
 def compared(folder: Path, plans: list[str], tasks: list[str], questions: int, on_row=lambda row: None) -> list[dict]:
     """A row a plan and task: per cent of right answers, and (number, by vLLM, by transformers) of those that differ."""
     rows = []
-    reference = load(str(folder), plan="dense", dtype="float32", device="cpu")
+    # lmms-eval's class for Qwen2-VL resizes images to multiples of 28 pixels
+    reference = load(str(folder), plan="dense", dtype="float32", device="cpu", base="llava_hf")
     for plan in plans:
         with by_vllm(folder, plan) as model:
             served_answers = said(model, tasks, questions)

