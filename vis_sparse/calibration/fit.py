@@ -107,6 +107,7 @@ def fit(
     plan = resolve_heads(
         as_plan(plan, len(decoder.layers)), decoder.num_heads, decoder.num_kv_heads, heads, calibration=calibration
     )
+    plan.check_fits(len(decoder.layers), decoder.num_heads, decoder.ffn_size)
     probe = Probe(target, [on_device(sample, model) for sample in samples], batch)
     names = {id(module): name for name, module in model.named_modules()}
     differences: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -122,7 +123,7 @@ def fit(
                 module = layer.module(part)
                 if type(module) is not nn.Linear:
                     raise PatchError(
-                        f"fit: layer {index}: got {type(module).__name__} for its {part}s, expected a plain nn.Linear"
+                        f"fit: layer {index}: got {type(module)} for its {part}s, expected a plain nn.Linear"
                     )
                 parts[part] = module, layer.outputs(part, range(decoder.num_kv_heads * decoder.head_dim))
             found = _layer_map(rows, [module.weight[list(outputs)] for module, outputs in parts.values()])

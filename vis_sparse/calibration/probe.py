@@ -141,14 +141,14 @@ class Probe:
         """(height, width) in patches of every image or frame that the vision encoder sees."""
         return [grid for batch in self._batches if batch.vision for grid in batch.vision.grids]
 
-    def _executor(self, plan: VisualPlan, start: int, stop: int | None = None) -> LaneExecutor:
-        decoder = dataclasses.replace(self.target.decoder, layers=self.target.decoder.layers[start:stop])
-        executor = LaneExecutor(decoder, plan.replace(layers=plan.layers[start:stop]), self.backend)
-        if executor.drops:
+    def _executor(self, plan: VisualPlan, start: int) -> LaneExecutor:
+        if plan.before is not None or any(work.tokens is not None for work in self.work(plan)):
             raise PlanError(
                 f"plan {plan.name!r}: tokens: got a plan under which visual tokens leave, expected one that keeps them "
                 "all (the probe goes on from states of every visual row)"
             )
+        decoder = dataclasses.replace(self.target.decoder, layers=self.target.decoder.layers[start:])
+        executor = LaneExecutor(decoder, plan.replace(layers=plan.layers[start:]), self.backend)
         executor.kept_cuts.refresh()
         return executor
 
@@ -238,14 +238,14 @@ class Probe:
     def walk(self, plan: VisualPlan) -> Iterator[list[LayerRows]]:
         """For each decoder layer, the rows that enter it in every batch. Begins with the current plan's; a layer runs
         under `plan` when the next one is asked for, with the weights that it has by then."""
-        hidden = [batch.states[0] for batch in self._batches]
+        executor, hidden = self._executor(plan, 0), [batch.states[0] for batch in self._batches]
         for index, layer in enumerate(self.target.decoder.layers):
             norm, pairs = layer.module("input_norm"), zip(self._batches, hidden)
             yield [LayerRows.of(batch, norm(batch.states[index]), norm(now)) for batch, now in pairs]
-            executor = self._executor(plan, index, index + 1)
+            one = executor.alone(index)
             for number, batch in enumerate(self._batches):
                 added = batch.added[index : index + 1]
-                hidden[number] = executor.run(hidden[number], batch.cos, batch.sin, batch.call, added=added)
+                hidden[number] = one.run(hidden[number], batch.cos, batch.sin, batch.call, added=added)
 
     @torch.no_grad()
     def adopt(self, plan: VisualPlan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,6 +54,15 @@ class LaneExecutor:
         if bound is None or not bound.holds():
             bound = self._bound = Bound([(lane.layer, lane.cuts) for lane in self.layers])
         return bound
+
+    def alone(self, index: int) -> LaneExecutor:
+        """An executor of one layer, which does what it does among all, with weights as they are now."""
+        one = copy.copy(self)
+        one.layers = self.layers[index : index + 1]
+        one.last_use = 0 if index <= self.last_use else -1
+        one.kept_cuts = KeptCuts(cut for lane in one.layers for cut in lane.cuts.values())
+        one.kept_cuts.refresh()
+        return one
 
     @property
     def checkpoints(self) -> bool:

@@ -2,7 +2,8 @@
 vis_sparse.eval.deep.adapt --out FOLDER --plan vica --minutes 15`.
 
 The tower stays, the decoder with its own difference (and what `vis-sparse fit` adds) and the projector are the frozen
-base, and one more low-rank difference of both is trained on the dialogs of the base's training, with visual rows computed as the plan says.
+base, and one more low-rank difference of both is trained on the dialogs of the base's training, with visual rows
+computed as the plan says.
 FOLDER/adapt-PLAN gets the log, the state, and the adapter in peft's format, with the plan in it.
 """
 
@@ -56,7 +57,7 @@ def train(folder: Path, base: str, name: str, calibration: Path | None, fit: Pat
     run = Run(out, Schedule(minutes, warmup=0.03, decay=0.6), [(RATE, parameters)])
     model.decoder.refresh()
     if run.step == 0:
-        run.log(plan=name, held_out=shares(counted(model, 3)))
+        run.log(plan=plan.name, held_out=shares(counted(model, 3)))
     model.decoder.compile_pointwise()
 
     def loss():
@@ -77,11 +78,11 @@ def train(folder: Path, base: str, name: str, calibration: Path | None, fit: Pat
         values = run.advance(loss)
         model.decoder.refresh()
         if run.step % LOG_STEPS == 0:
-            run.log(plan=name, loss=rounded(values))
+            run.log(plan=plan.name, loss=rounded(values))
         if run.step % HELD_OUT_STEPS == 0:
-            run.log(plan=name, held_out=shares(counted(model, 3)))
+            run.log(plan=plan.name, held_out=shares(counted(model, 3)))
     run.save()
-    run.log(plan=name, held_out=shares(counted(model, 12)))
+    run.log(plan=plan.name, held_out=shares(counted(model, 12)))
     if rank() == 0:
         adapter_files.write(out / "adapter", model.decoder, projector, plan, fitted)
 
