@@ -143,7 +143,7 @@ def test_refusals(tmp_path):
     with pytest.raises(PlanError, match="layers"):
         fit(model, samples, VisualPlan.dense(4))
     adapted = get_peft_model(make_model("llama-gqa"), LoraConfig(r=2, target_modules=["v_proj"])).base_model.model
-    with pytest.raises(PatchError, match="layer 2: got .*peft.* for its values, expected a plain nn.Linear"):
+    with pytest.raises(PatchError, match="layer 0: got .*peft.* for its values, expected a plain nn.Linear"):
         fit(adapted, samples, still())
     with vis_sparse.patched(model, "auto"), pytest.raises(PatchError, match="patched"):
         fit(model, samples, still())
