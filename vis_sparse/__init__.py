@@ -20,6 +20,7 @@ _EXPORTS = {
     "load_heads": "plans.budgets",
     "flops": "cost.flops",
     "calibrate": "calibration.measure",
+    "fit": "calibration.fit",
     "search": "searching.search",
     "search_front": "searching.search",
     "Calibration": "plans.scores",
@@ -41,6 +42,7 @@ _EXPORTS = {
 __version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:  # what type checkers and editors see: the same names, with their signatures
+    from .calibration.fit import fit as fit
     from .calibration.measure import calibrate as calibrate
     from .calibration.records import SampleError as SampleError
     from .checkpoints.internvl2 import load_internvl2 as load_internvl2

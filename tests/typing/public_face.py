@@ -15,6 +15,7 @@ from torch import nn
 from typing_extensions import assert_type
 
 import vis_sparse
+from vis_sparse.calibration.fit import Fitted
 from vis_sparse.cost.report import CostReport
 from vis_sparse.searching.pareto import Point
 
@@ -74,6 +75,9 @@ def measuring(model: nn.Module, samples: list[dict[str, Any]]) -> None:
     assert_type(calibration.num_samples, int)
     calibration.save("calibration.safetensors")
     assert_type(vis_sparse.Calibration.load("calibration.safetensors"), vis_sparse.Calibration)
+    fitted = vis_sparse.fit(model, samples, "still", rank=24, calibration=calibration)
+    assert_type(fitted, Fitted)
+    fitted.save("fitted", model)
     assert_type(vis_sparse.search(model, samples, budget=0.25, calibration=calibration), vis_sparse.VisualPlan)
     assert_type(vis_sparse.search_front(model, samples, cost="kv", time_limit=60), Iterator[Point])
 

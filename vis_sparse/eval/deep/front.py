@@ -28,7 +28,7 @@ from vis_sparse.plans.plan import VisualPlan
 from vis_sparse.plans.schedule import LayerWork, schedule
 from vis_sparse.plans.scores import Calibration
 
-BLIND, DENSE, TRAINED = "blind", "dense", ", trained"
+BLIND, DENSE = "blind", "dense"
 SAVE_STEPS = 5
 TEXT_BEFORE, TEXT = 24, 40  # tokens of a typical prompt
 
@@ -104,10 +104,11 @@ if __name__ == "__main__":
     parser.add_argument("--calibration", type=Path, metavar="FILE")
     parser.add_argument("--batches", type=int, default=180, help="of all processes; a multiple of their number")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="answers; other plans' stay")
-    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="for all plans, which are `NAME, trained` then")
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="for all plans")
+    parser.add_argument("--note", default="trained", help="behind the plans' names, where there is an adapter")
     given = parser.parse_args()
     join()
-    added, ending = ({}, "") if given.adapter is None else (adapter_difference(given.adapter), TRAINED)
+    added, ending = ({}, "") if given.adapter is None else (adapter_difference(given.adapter), f", {given.note}")
     plans = [resolved(name, given.calibration) for name in given.plans.split(",")]
     named = {f"{plan.name}{ending}": plan for plan in plans}
     front(weights_of(given.out, given.stage), added, named, given.batches, given.json)

@@ -27,6 +27,7 @@ ASKED = {
 SHORT = ("place", "count", "reading", "later")  # README's
 COLUMNS = ("easy_vqa", "place", "count", "exists", "reading", "which_line", "later", "description")
 LEVEL = 0.05
+FITTED = ", fitted"
 
 
 def scores(answers: Answers) -> str:
@@ -67,5 +68,10 @@ if __name__ == "__main__":
     measured = Answers.load(ANSWERS)
     for page in (DOCS / "deep.md", SHIPPED_FOLDER / "README.md"):
         put(page, "scores", scores(measured))
-    put(DOCS / "deep.md", "front", front(measured, measured.right, COLUMNS))
-    put(Path("README.md"), "front", front(measured, {*plan_names(), BLIND} & {*measured.right}, SHORT))
+    changed = {plan for plan in measured.right if "," in plan}  # the weights: fitted or trained
+    put(DOCS / "deep.md", "front", front(measured, {*measured.right} - changed, COLUMNS))
+    put(DOCS / "deep.md", "trained", front(measured, {DENSE, *changed}, COLUMNS))
+    fitted = {plan for plan in changed if plan.endswith(FITTED)}
+    bare = {plan.removesuffix(FITTED) for plan in fitted} & {*measured.right}
+    put(DOCS / "fit.md", "fitted", front(measured, {DENSE, *fitted, *bare}, COLUMNS))
+    put(Path("README.md"), "front", front(measured, {*plan_names(), BLIND} & {*measured.right} | changed, SHORT))
