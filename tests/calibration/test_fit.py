@@ -140,6 +140,10 @@ def test_refusals(tmp_path):
     leaves = VisualPlan((LayerPlan(tokens=TokenBudget(0.5)), LayerPlan(), LayerPlan()), name="leaves")
     with pytest.raises(PlanError, match="tokens"):
         fit(model, samples, leaves)
+    with pytest.raises(PlanError, match="tower: got a section"):
+        fit(model, samples, still().replace(tower=VisualPlan.dense(2)))
+    with pytest.raises(PatchError, match="'dense': got no layer that reads other visual rows"):
+        fit(model, samples, VisualPlan.dense(3)).save(tmp_path, model)
     with pytest.raises(PlanError, match="layers"):
         fit(model, samples, VisualPlan.dense(4))
     adapted = get_peft_model(make_model("llama-gqa"), LoraConfig(r=2, target_modules=["v_proj"])).base_model.model

@@ -16,12 +16,14 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from ..executor.decoder import Decoder
 from ..patches import Plan
 from ..patches.errors import PatchError
 from ..patches.saving import save_block
 from ..plans.budgets import resolve_heads
 from ..plans.carried import to_block
 from ..plans.files import as_plan
+from ..plans.layer_plan import PlanError
 from ..plans.plan import VisualPlan
 from ..plans.scores import Calibration
 from .probe import LayerRows, Probe
@@ -57,8 +59,14 @@ class Fitted:
     def save(self, folder: str | Path, model: nn.Module) -> None:
         """Write an adapter in peft's format with the plan in it, for `vis_sparse.from_pretrained(folder)`.
 
-        model: the unpatched one, whose modules are replaced meanwhile. Raises PatchError without peft.
+        model: the unpatched one, whose modules are replaced meanwhile. Raises PatchError without peft, or if nothing
+        was to be fitted.
         """
+        if not self.differences:
+            raise PatchError(
+                f"fit: plan {self.plan.name!r}: got no layer that reads other visual rows than the dense model's, "
+                "expected one at least"
+            )
         try:
             import peft
         except ImportError:
@@ -100,7 +108,7 @@ def fit(
     rows: have several times as many rows as the model is wide.
 
     Raises PatchError for a model that is patched, not supported or whose keys are not plain linear layers, PlanError
-    for a plan that does not fit or under which tokens leave.
+    for a plan that does not fit, has a section for the tower, or under which tokens leave.
     """
     target = Target.of(model)
     decoder = target.decoder
@@ -108,46 +116,50 @@ def fit(
         as_plan(plan, len(decoder.layers)), decoder.num_heads, decoder.num_kv_heads, heads, calibration=calibration
     )
     plan.check_fits(len(decoder.layers), decoder.num_heads, decoder.ffn_size)
+    if plan.tower is not None:
+        raise PlanError(f"plan {plan.name!r}: tower: got a section, expected none (the decoder alone is fitted)")
     probe = Probe(target, [on_device(sample, model) for sample in samples], batch)
     names = {id(module): name for name, module in model.named_modules()}
     differences: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    explained, disturbed, own = {}, {}, {}
-    work = probe.work(plan)
+    explained, disturbed, before = {}, {}, {}
     try:
-        for index, rows in enumerate(probe.walk(plan)):
-            if not work[index].key_heads:
+        for index, (rows, work) in enumerate(zip(probe.walk(plan), probe.work(plan))):
+            if not work.key_heads:
                 continue
-            layer = decoder.layers[index]
-            parts = {}
-            for part in ("key", "value"):
-                module = layer.module(part)
-                if type(module) is not nn.Linear:
-                    raise PatchError(
-                        f"fit: layer {index}: got {type(module)} for its {part}s, expected a plain nn.Linear"
-                    )
-                parts[part] = module, layer.outputs(part, range(decoder.num_kv_heads * decoder.head_dim))
-            found = _layer_map(rows, [module.weight[list(outputs)] for module, outputs in parts.values()])
+            parts = _projections(decoder, index)
+            found = _layer_map(rows, [module.weight[outputs] for module, outputs in parts])
             if found is None:
                 continue
             change, square, explained[index], disturbed[index] = found
-            for module, outputs in parts.values():
+            for module, outputs in parts:
                 weight = module.weight
-                added = _of_rank(weight[list(outputs)].double() @ change, square, rank)
-                own.setdefault(weight, weight.clone())
-                weight[list(outputs)] += (added[1] @ added[0]).to(weight)
-                a, b = (each.float().cpu() for each in added)
+                a, b = _of_rank(weight[outputs].double() @ change, square, rank)
+                before.setdefault(weight, weight.clone())
+                weight[outputs] += (b @ a).to(weight)
                 whole = b.new_zeros(len(weight), b.shape[1])
-                whole[list(outputs)] = b
-                differences.setdefault(names[id(module)], []).append((a, whole))
+                whole[outputs] = b
+                pair = a.float().cpu(), whole.float().cpu()
+                differences.setdefault(names[id(module)], []).append(pair)
     finally:
-        for weight, before in own.items():
-            weight.copy_(before)
+        for weight, own in before.items():
+            weight.copy_(own)
     joined = {
-        name: (torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], 1))
-        for name, parts in differences.items()
+        name: (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1))
+        for name, pairs in differences.items()
     }
     sizes = decoder.num_heads, decoder.ffn_size
     return Fitted(plan, joined, explained, disturbed, getattr(model, "name_or_path", ""), sizes)
+
+
+def _projections(decoder: Decoder, index: int) -> list[tuple[nn.Linear, list[int]]]:
+    """The linear layers of a decoder layer's keys and values, each with the outputs that are theirs."""
+    layer, found = decoder.layers[index], []
+    for part in ("key", "value"):
+        module = layer.module(part)
+        if type(module) is not nn.Linear:
+            raise PatchError(f"fit: layer {index}: got {type(module)} for its {part}s, expected a plain nn.Linear")
+        found.append((module, list(layer.outputs(part, range(decoder.num_kv_heads * decoder.head_dim)))))
+    return found
 
 
 @dataclass
