@@ -43,7 +43,7 @@ setup(
         "vis_sparse.configs": ["*.yaml", "**/*.yaml"],
         "vis_sparse.eval": ["*.css"],
         "vis_sparse.eval.tasks": ["*.yaml", "*_yaml"],
-        "vis_sparse.eval.tiny": ["llava/*", "qwen2_vl/*", "internvl/*", "smol/*"],
+        "vis_sparse.eval.tiny": ["llava/*", "qwen2_vl/*", "internvl/*", "smol/*", "smol/adapters/*/*"],
     },
     install_requires=[
         "einops>=0.8",

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import vis_sparse
-from vis_sparse.calibration.fit import RIDGES, _layer_map, _of_rank, fit
+from vis_sparse.calibration.fit import RIDGES, _layer_map, of_rank, fit
 from vis_sparse.calibration.probe import LayerRows, Probe
 from vis_sparse.calibration.profiles import Target
 from vis_sparse.patches.errors import PatchError
@@ -104,13 +104,13 @@ def test_a_low_rank_is_the_best_one():
     generator = torch.Generator().manual_seed(1)
     difference = torch.randn(6, 9, dtype=torch.float64, generator=generator)
     inputs = torch.randn(40, 9, dtype=torch.float64, generator=generator) * torch.arange(1, 10)
-    a, b = _of_rank(difference, inputs.T @ inputs, 2)
+    a, b = of_rank(difference, inputs.T @ inputs, 2)
     assert a.shape == (2, 9) and b.shape == (6, 2)
     wanted = inputs @ difference.T
     found = (wanted - inputs @ (b @ a).T).norm() ** 2
     singular = torch.linalg.svdvals(wanted)
     torch.testing.assert_close(found, singular[2:].square().sum())
-    a, b = _of_rank(difference, inputs.T @ inputs, None)
+    a, b = of_rank(difference, inputs.T @ inputs, None)
     torch.testing.assert_close(b @ a, difference)
 
 

@@ -133,7 +133,7 @@ def fit(
             change, square, explained[index], disturbed[index] = found
             for module, outputs in parts:
                 weight = module.weight
-                a, b = _of_rank(weight[outputs].double() @ change, square, rank)
+                a, b = of_rank(weight[outputs].double() @ change, square, rank)
                 before.setdefault(weight, weight.clone())
                 weight[outputs] += (b @ a).to(weight)
                 whole = b.new_zeros(len(weight), b.shape[1])
@@ -212,7 +212,7 @@ def _layer_map(rows: Sequence[LayerRows], weights: Sequence[Tensor]):
     return change.T, square, explained, added
 
 
-def _of_rank(difference: Tensor, square: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+def of_rank(difference: Tensor, square: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
     """a (r, in), b (out, r): the best of rank r for inputs of such a square (reduced-rank regression)."""
     vectors = torch.linalg.eigh(difference @ square @ difference.T).eigenvectors
     b = vectors[:, -min(rank or len(vectors), len(vectors)) :]
