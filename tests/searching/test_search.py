@@ -33,7 +33,7 @@ from vis_sparse.searching.log import Log
 from vis_sparse.searching.pareto import Point, described, pareto, write_front
 from vis_sparse.searching.plan_losses import PlanLosses
 from vis_sparse.searching.published import chains
-from vis_sparse.searching.search import OBJECTIVES, _exchange, _stages, best_within, meter_of, search_front
+from vis_sparse.searching.search import OBJECTIVES, _exchange, _stages, best_within, meter_of, points_up_to, search_front
 
 from ..calibration.samples import launch, make_sample, make_samples
 from ..models import IMAGE, LAYERS, make_model, random_plan
@@ -163,6 +163,21 @@ def test_an_exchange_ends_where_no_pair_of_moves_helps(model, samples):
     for move in moves.of(found[-1].plan):
         plan = with_layer(found[-1].plan, *move)
         assert meter.cost(plan) > 0.7 or probe.divergence(plan) > losses[-1] - 2e-5
+
+
+def test_the_way_up_to_a_budget_ends_where_nothing_that_fits_helps(model, samples):
+    meter, calibration = meter_of(model, samples), calibrate(model, samples)
+    kv_heads, budget = shape_of(model).kv_heads, 0.6
+    points = list(points_up_to(budget, meter, calibration, kv_heads, "a prompt", time_limit=0))
+    costs = [point.cost for point in points]
+    assert points[0].plan.layers == (LayerPlan(attention="none", ffn=0.0),) * LAYERS
+    assert costs == sorted(costs) and len(set(costs)) == len(costs) > 2 and costs[-1] <= budget
+    points = list(points_up_to(budget, meter, calibration, kv_heads, "a prompt"))
+    losses = [point.kl for point in points]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] / 2
+    for move in LayerChanges(calibration, kv_heads).of(points[-1].plan):
+        plan = with_layer(points[-1].plan, *move)
+        assert meter.cost(plan) > budget or meter(plan).kl > losses[-1] - 2e-5
 
 
 def test_moves_go_both_ways(model, samples):

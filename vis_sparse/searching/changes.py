@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,6 +73,11 @@ class LayerChanges:
         self._kinds = kinds
         self._of = {place: (kind, index) for places, kind in kinds for index, place in enumerate(places)}
         self._ladders = {place: _ladder(*of) for place, of in self._of.items()}
+
+    @property
+    def places(self) -> Iterable[int]:
+        """Of all layers."""
+        return self._of.keys()
 
     def of(self, plan: VisualPlan) -> Iterator[LayerChange]:
         """The changes of every layer."""
