@@ -33,7 +33,15 @@ from vis_sparse.searching.log import Log
 from vis_sparse.searching.pareto import Point, described, pareto, write_front
 from vis_sparse.searching.plan_losses import PlanLosses
 from vis_sparse.searching.published import chains
-from vis_sparse.searching.search import OBJECTIVES, _exchange, _stages, best_within, meter_of, points_up_to, search_front
+from vis_sparse.searching.search import (
+    OBJECTIVES,
+    _exchange,
+    _stages,
+    best_within,
+    meter_of,
+    points_up_to,
+    search_front,
+)
 
 from ..calibration.samples import launch, make_sample, make_samples
 from ..models import IMAGE, LAYERS, make_model, random_plan

@@ -199,8 +199,8 @@ def points_up_to(
     prompt: str,
     time_limit: float | None = None,
 ) -> Iterator[Point]:
-    """From the plan under which visual rows stand still behind the first layer and are read everywhere up to the budget,
-    then exchanges: for a deep model and a small budget the shorter way. Arguments: as `points_to` has them."""
+    """From the plan under which visual rows stand still behind the first layer and are read everywhere up to the
+    budget, then exchanges: for a deep model and a small budget the shorter way. Arguments: as `points_to` has them."""
     loss, ladder = OBJECTIVES["kl"], LayerChanges(calibration, num_kv_heads)
     end = float("inf") if time_limit is None else time.monotonic() + time_limit
     still = (LayerPlan(attention="none", ffn=0.0),) * (meter.dense.num_layers - 1)
