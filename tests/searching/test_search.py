@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import itertools
 import json
 import signal
 from dataclasses import replace
@@ -28,7 +29,7 @@ from vis_sparse.eval.tiny import checkpoint
 from vis_sparse.plans.layer_plan import LayerPlan, Neighborhood, PlanError
 from vis_sparse.plans.plan import VisualPlan, with_layer
 from vis_sparse.searching import layer_times
-from vis_sparse.searching.changes import LayerChanges
+from vis_sparse.searching.changes import LayerChanges, WholeLayers
 from vis_sparse.searching.log import Log
 from vis_sparse.searching.pareto import Point, described, pareto, write_front
 from vis_sparse.searching.plan_losses import PlanLosses
@@ -39,7 +40,7 @@ from vis_sparse.searching.search import (
     _stages,
     best_within,
     meter_of,
-    points_up_to,
+    points_to,
     search_front,
 )
 
@@ -173,19 +174,18 @@ def test_an_exchange_ends_where_no_pair_of_moves_helps(model, samples):
         assert meter.cost(plan) > 0.7 or probe.divergence(plan) > losses[-1] - 2e-5
 
 
-def test_the_way_up_to_a_budget_ends_where_nothing_that_fits_helps(model, samples):
-    meter, calibration = meter_of(model, samples), calibrate(model, samples)
-    kv_heads, budget = shape_of(model).kv_heads, 0.6
-    points = list(points_up_to(budget, meter, calibration, kv_heads, "a prompt", time_limit=0))
-    costs = [point.cost for point in points]
-    assert points[0].plan.layers == (LayerPlan(attention="none", ffn=0.0),) * LAYERS
-    assert costs == sorted(costs) and len(set(costs)) == len(costs) > 2 and costs[-1] <= budget
-    points = list(points_up_to(budget, meter, calibration, kv_heads, "a prompt"))
-    losses = [point.kl for point in points]
-    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] / 2
-    for move in LayerChanges(calibration, kv_heads).of(points[-1].plan):
-        plan = with_layer(points[-1].plan, *move)
-        assert meter.cost(plan) > budget or meter(plan).kl > losses[-1] - 2e-5
+def test_a_search_over_whole_layers(model, samples):
+    meter = meter_of(model, samples)
+    ladder = WholeLayers(calibrate(model, samples), shape_of(model).kv_heads)
+    points = list(points_to(0.4, meter, ladder, "a prompt"))
+    kinds = {LayerPlan(), LayerPlan(attention="none", ffn=0.0), LayerPlan.off()}
+    assert {layer for point in points for layer in point.plan.layers} <= kinds
+    best = best_within(points, 0.4)
+    plans = [VisualPlan(layers) for layers in itertools.product(kinds, repeat=LAYERS)]
+    within = [meter(plan).kl for plan in plans if meter.cost(plan) <= 0.4]
+    assert (
+        best.kl <= sorted(within)[1] and "of a prompt" in best.plan.about
+    )  # of 27, a way down and exchanges may miss one
 
 
 def test_moves_go_both_ways(model, samples):

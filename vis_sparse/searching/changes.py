@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,11 +74,6 @@ class LayerChanges:
         self._of = {place: (kind, index) for places, kind in kinds for index, place in enumerate(places)}
         self._ladders = {place: _ladder(*of) for place, of in self._of.items()}
 
-    @property
-    def places(self) -> Iterable[int]:
-        """Of all layers."""
-        return self._of.keys()
-
     def of(self, plan: VisualPlan) -> Iterator[LayerChange]:
         """The changes of every layer."""
         return ((place, layer) for place in self._of for layer in self.of_layer(plan, place))
@@ -116,6 +111,17 @@ class LayerChanges:
         if isinstance(fields.get("ffn"), tuple):
             fields["ffn"] = kind.neurons(index, len(model.ffn))
         return place, dataclasses.replace(layer_at(plan, place), **fields)
+
+
+class WholeLayers(LayerChanges):
+    """Whole layers only, step by step: as they are, standing still, off. For a deep model, where the first ranking of
+    all fields takes too long."""
+
+    steps = (LayerPlan(), LayerPlan(attention="none", ffn=0.0), LayerPlan.off())
+
+    def of_layer(self, plan: VisualPlan, place: int) -> Iterator[LayerPlan]:
+        at = self.steps.index(layer_at(plan, place))
+        return iter(self.steps[max(0, at - 1) : at] + self.steps[at + 1 : at + 2])
 
 
 def _ladder(kind: _Layers, index: int) -> dict[str, tuple]:

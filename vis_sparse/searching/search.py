@@ -28,7 +28,7 @@ from ..cost.report import CostReport
 from ..cost.shape_lookup import shape_of
 from ..cost.shapes import ModelShape
 from ..cost.tower import tower_flops
-from ..plans.layer_plan import LayerPlan, PlanError
+from ..plans.layer_plan import PlanError
 from ..plans.plan import VisualPlan, layer_at, with_layer
 from ..plans.scores import Calibration
 from .changes import LayerChange, LayerChanges
@@ -130,6 +130,7 @@ def search_front(
     from ..calibration.samples import on_device
     from ..calibration.vision import Vision
     from ..patches.calibrated import checked_calibration, checked_tower
+    from .published import chains
 
     if not 0 < budget <= 1:
         raise PlanError(f"budget: got {budget!r}, expected a share in (0, 1]")
@@ -146,81 +147,53 @@ def search_front(
         if vision is not None and checked_tower(calibration, vision.module, vision.tower) is None:
             raise PlanError("calibration: got one without scores of the vision encoder, expected calibrate(tower=True)")
     meter, kv_heads = meter_of(model, samples, cost, batch, log), shape_of(model).kv_heads
-    prompt = f"a prompt of {meter.prompt}"
-    yield from points_to(budget, meter, calibration, kv_heads, prompt, objective, with_tower, time_limit)
+    ladder = LayerChanges(calibration, kv_heads, with_tower)
+
+    def published() -> Iterator[VisualPlan]:
+        # they say nothing of the vision encoder
+        def whole(plan: VisualPlan) -> VisualPlan:
+            return plan.replace(tower=meter.dense.tower)
+
+        methods = chains(calibration.heads, kv_heads, lambda plan: OBJECTIVES[objective](meter(whole(plan))))
+        return map(whole, itertools.chain.from_iterable(methods.values()))
+
+    yield from points_to(budget, meter, ladder, f"a prompt of {meter.prompt}", objective, time_limit, published)
 
 
 def points_to(
     budget: float,
     meter: PlanLosses,
-    calibration: Calibration,
-    num_kv_heads: int,
+    ladder: LayerChanges,
     prompt: str,
     objective: str = "kl",
-    with_tower: bool = False,
     time_limit: float | None = None,
+    published: Callable[[], Iterable[VisualPlan]] = tuple,
+    start: VisualPlan | None = None,
 ) -> Iterator[Point]:
-    """`search_front` with whatever measures plans. prompt: what costs are of, in words."""
-    from .published import chains
-
-    loss, ladder = OBJECTIVES[objective], LayerChanges(calibration, num_kv_heads, with_tower)
+    """`search_front` with whatever measures plans. prompt: what costs are of, in words. published: plans to go on from
+    beside those on the way down. start: of that way, the dense plan if None."""
+    loss = OBJECTIVES[objective]
     end = float("inf") if time_limit is None else time.monotonic() + time_limit
 
-    def whole(plan: VisualPlan) -> VisualPlan:
-        """A published method's plan; they say nothing of the vision encoder."""
-        return plan.replace(tower=meter.dense.tower)
-
     def ways() -> Iterator[Point]:
-        yield from _descend(meter, ladder, loss, meter(meter.dense), budget, end)
+        yield from _descend(meter, ladder, loss, meter(start or meter.dense), budget, end)
         meter.until = end
         meter.start_from(meter.dense)
-        methods = chains(calibration.heads, num_kv_heads, lambda plan: loss(meter(whole(plan))))
-        stages, published = _stages(budget), map(whole, itertools.chain.from_iterable(methods.values()))
-        yield from map(meter, (plan for plan in published if meter.cost(plan) <= stages[0]))
-        start = None
+        stages = _stages(budget)
+        yield from map(meter, (plan for plan in published() if meter.cost(plan) <= stages[0]))
+        before = None
         for share in stages:
-            if start is not None:
-                yield from _descend(meter, ladder, loss, start, share, end)
+            if before is not None:
+                yield from _descend(meter, ladder, loss, before, share, end)
             yield from _exchange(meter, ladder, loss, best_within(found, share, objective), share)
-            start = best_within(found, share, objective)
+            before = best_within(found, share, objective)
 
     found: list[Point] = []
-    with suppress(TimeUp):
-        for point in ways():
-            found.append(_named(point, prompt))
-            yield found[-1]
-
-
-def points_up_to(
-    budget: float,
-    meter: PlanLosses,
-    calibration: Calibration,
-    num_kv_heads: int,
-    prompt: str,
-    time_limit: float | None = None,
-) -> Iterator[Point]:
-    """From the plan under which visual rows stand still behind the first layer and are read everywhere up to the
-    budget, then exchanges: for a deep model and a small budget the shorter way. Arguments: as `points_to` has them."""
-    loss, ladder = OBJECTIVES["kl"], LayerChanges(calibration, num_kv_heads)
-    end = float("inf") if time_limit is None else time.monotonic() + time_limit
-    still = (LayerPlan(attention="none", ffn=0.0),) * (meter.dense.num_layers - 1)
-    frozen = meter.dense.replace(layers=(LayerPlan(), *still))
-
-    def ways() -> Iterator[Point]:
-        yield from _climb(meter, ladder, loss, meter(frozen), budget, end)
-        meter.until = end
-        yield from _exchange(meter, ladder, loss, best_within(found, budget), budget)
-
-    found: list[Point] = []
-    with suppress(TimeUp):
-        for point in ways():
-            found.append(_named(point, prompt))
-            yield found[-1]
-
-
-def _named(point: Point, prompt: str) -> Point:
     about = f"Found by vis_sparse.search; costs are of {prompt}."
-    return replace(point, plan=point.plan.replace(name="searched", about=about))
+    with suppress(TimeUp):
+        for point in ways():
+            found.append(replace(point, plan=point.plan.replace(name="searched", about=about)))
+            yield found[-1]
 
 
 def cost_of(name: str) -> Cost:
@@ -309,53 +282,6 @@ def _descend(meter, ladder, loss, point: Point, budget: float, end: float) -> It
         queue = [entry for entry in queue if entry[2][0] != place]
         again = ((place, layer) for layer in ladder.of_layer(point.plan, place))
         queue += [(rate(change), next(numbers), change) for change in again]
-        heapq.heapify(queue)
-
-
-def _climb(meter, ladder, loss, point: Point, budget: float, end: float) -> Iterator[Point]:
-    """From a cheap plan up to the budget, each step the one that gains most for what it costs.
-
-    A change of a layer is taken to gain no more than the whole layer does, and is measured when it is the most
-    promising one: most never are.
-    """
-    numbers, bounds = itertools.count(), {}
-
-    def gained(place: int, layer: LayerPlan) -> float:
-        return loss(meter(point.plan, rough=True)) - loss(meter(with_layer(point.plan, place, layer), rough=True))
-
-    def bound(place: int) -> float:
-        if place not in bounds:
-            bounds[place] = gained(place, LayerPlan())
-        return bounds[place]
-
-    def entries(place: int) -> Iterator[tuple]:
-        for layer in ladder.of_layer(point.plan, place):
-            added = meter.cost(with_layer(point.plan, place, layer)) - point.cost
-            if 0 < added <= budget - point.cost:
-                yield -bound(place) / added, next(numbers), (place, layer), added, "bound", step
-
-    meter.start_from(point.plan)
-    yield point
-    step = 0
-    queue = [entry for place in ladder.places for entry in entries(place)]
-    heapq.heapify(queue)
-    while queue:
-        _, number, change, added, kind, known = heapq.heappop(queue)
-        if added > budget - point.cost:
-            continue
-        if time.monotonic() < end and (kind, known) != ("gain", step):
-            # a bound of an earlier step is looked up again before the change itself is measured
-            kind = "gain" if kind == "gain" or known == step else "bound"
-            gain = gained(*change) if kind == "gain" else bound(change[0])
-            if gain > _FREE:
-                heapq.heappush(queue, (-gain / added, number, change, added, kind, step))
-            continue
-        point, step = meter(with_layer(point.plan, *change)), step + 1
-        bounds.clear()
-        meter.start_from(point.plan)
-        yield point
-        queue = [entry for entry in queue if entry[2][0] != change[0]]
-        queue += entries(change[0])
         heapq.heapify(queue)
 
 
