@@ -23,6 +23,7 @@ from ..plans.budgets import resolve_heads
 from ..plans.files import as_plan, plan_names
 from ..plans.layer_plan import Neighborhood
 from ..plans.schedule import LayerWork, schedule
+from .charts import free_height
 from .deep.answers import Answers
 from .deep.front import BLIND, DENSE
 from .deep.tables import ANSWERS
@@ -317,11 +318,15 @@ def _scores(drawing, answers: Answers, kind: str, x: float, y: float, wide: floa
         drawing.text(x + wide * share, y + tall + 18, f"{share:.0%}", "quiet", 12, "middle")
     blind = y + tall * (1 - answers.of(BLIND, kind).mean())
     drawing.lines([[(x, blind), (x + wide, blind)]], "quiet")
-    for name in sorted({*answers.right} - {BLIND}, key=lambda name: _color(name) != "scores"):
-        left, top = x + wide * answers.visual_flops[name], y + tall * (1 - answers.of(name, kind).mean())
+    dots = {
+        name: (x + wide * answers.visual_flops[name], y + tall * (1 - answers.of(name, kind).mean()))
+        for name in sorted({*answers.right} - {BLIND}, key=lambda name: _color(name) != "scores")
+    }
+    taken = [(left - 4, left + 4, top + 4) for left, top in dots.values()]
+    for name, (left, top) in dots.items():
         drawing.rect(left - 3.5, top - 3.5, 7, 7, _color(name))
         if _color(name) == "scores":
-            drawing.text(left + 6, top - 6, name, "scores", 11)
+            drawing.text(left + 7, free_height(taken, left + 7, top - 6, 6.2 * len(name)), name, "scores", 11)
 
 
 FIGURES = {
