@@ -315,7 +315,7 @@ def _scores(drawing, answers: Answers, kind: str, x: float, y: float, wide: floa
     for share in (0, 0.25, 0.5, 0.75, 1):
         drawing.lines([[(x, y + tall * share), (x + wide, y + tall * share)]], "none")
         drawing.text(x - 8, y + tall * (1 - share) + 4, f"{share:.0%}", "quiet", 12, "end")
-        drawing.text(x + wide * share, y + tall + 18, f"{share:.0%}", "quiet", 12, "middle")
+        drawing.text(x + wide * share, y + tall + 30, f"{share:.0%}", "quiet", 12, "middle")
     blind = y + tall * (1 - answers.of(BLIND, kind).mean())
     drawing.lines([[(x, blind), (x + wide, blind)]], "quiet")
     dots = {
