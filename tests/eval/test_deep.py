@@ -1,6 +1,7 @@
 """Training of the deep model: its decoder is transformers' own, its packed sequences are chats one by one."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from transformers import (
 
 import vis_sparse
 from vis_sparse.eval.deep import adapter_files
+from vis_sparse.eval.deep import probe as probing
 from vis_sparse.eval.deep import sequences as packing
-from vis_sparse.eval.deep.answers import KINDS, Answers, examined, kinds_of, likeliest, right_of
+from vis_sparse.eval.deep.answers import KINDS, Answers, Asked, examined, kinds_of, likeliest, right_of
 from vis_sparse.eval.deep.decoder import LINEARS, SCALE, Decoder, place_of
 from vis_sparse.eval.deep.export import difference, restored, weights_of
 from vis_sparse.eval.deep.planned import PlannedDecoder
@@ -335,3 +337,44 @@ def test_answers_are_held_against_each_other_question_by_question(tokenizer, mon
     assert answers.of("dense", "leaning").tolist() == [True, True]
     assert answers.of("dense", "later", "bold").tolist() == [True]
     assert answers.of("bold", "easy_vqa", "dense").tolist() == [False, True]
+
+
+def test_a_search_sees_what_plans_change_about_each_answer(monkeypatch):
+    """The probe of packed questions against a forward of its own for each plan."""
+    decoder, batches = planned_decoder(VisualPlan.dense(3)), []
+    spans = {"place": (12, 14), "reading": (15, 18), "later": (18, 19)}
+    for seed in range(2):
+        ids = torch.randint(0, 100, (1, 20), generator=torch.Generator().manual_seed(seed))
+        targets = torch.full((1, 20), NO_LABEL)
+        turns = [(Turn("", "", kind), int(kind == "later"), *span) for kind, span in spans.items()]
+        for start, end in spans.values():
+            targets[0, start:end] = ids[0, start + 1 : end + 1]
+        parts = torch.arange(20)[None], torch.zeros(1, 20, dtype=torch.long), torch.ones(1, 20)
+        data = packing.Sequences(ids, targets, *parts, (), (turns,))
+        batches.append(Asked(data, decoder.embeddings[ids].float()))
+    monkeypatch.setattr(probing, "asked", lambda model, seed, *others: batches[seed[1]])
+    monkeypatch.setattr(probing, "work_of", lambda plan: schedule(plan, 6, 2, 128))
+    probe = probing.PackedProbe(SimpleNamespace(decoder=decoder), 2)
+    assert probe.num_samples == 6
+
+    def log_probabilities(plan, batch):
+        decoder.work = schedule(plan, 6, 2, 128)
+        with torch.no_grad():
+            return decoder.logits(decoder(batch.embedded, *batch.inputs)).float().log_softmax(-1)[0]
+
+    def expected(plan, chosen):
+        by_kind = {kind: [] for kind in spans}
+        for batch in chosen:
+            own, dense = (log_probabilities(each, batch) for each in (plan, VisualPlan.dense(3)))
+            each = (dense.exp() * (dense - own)).sum(-1)
+            for kind, (start, end) in spans.items():
+                by_kind[kind].append(float(each[start:end].mean()))
+        return np.mean([np.mean(values) for values in by_kind.values()])
+
+    cut, still = VisualPlan.vtw(3, 1), VisualPlan.shortv(3, [1, 2])
+    for start in (VisualPlan.dense(3), still):
+        probe.adopt(start)
+        for plan in (cut, still):
+            assert probe.measure(plan)[0] == pytest.approx(expected(plan, batches), abs=2e-3)
+            assert probe.measure(plan, 2)[0] == pytest.approx(expected(plan, batches[:1]), abs=2e-3)
+    assert expected(cut, batches) > 0.02

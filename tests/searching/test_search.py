@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import itertools
 import json
 import signal
 from dataclasses import replace
@@ -28,12 +29,20 @@ from vis_sparse.eval.tiny import checkpoint
 from vis_sparse.plans.layer_plan import LayerPlan, Neighborhood, PlanError
 from vis_sparse.plans.plan import VisualPlan, with_layer
 from vis_sparse.searching import layer_times
-from vis_sparse.searching.changes import LayerChanges
+from vis_sparse.searching.changes import LayerChanges, WholeLayers
 from vis_sparse.searching.log import Log
 from vis_sparse.searching.pareto import Point, described, pareto, write_front
 from vis_sparse.searching.plan_losses import PlanLosses
 from vis_sparse.searching.published import chains
-from vis_sparse.searching.search import OBJECTIVES, _exchange, _stages, best_within, meter_of, search_front
+from vis_sparse.searching.search import (
+    OBJECTIVES,
+    _exchange,
+    _stages,
+    best_within,
+    meter_of,
+    points_to,
+    search_front,
+)
 
 from ..calibration.samples import launch, make_sample, make_samples
 from ..models import IMAGE, LAYERS, make_model, random_plan
@@ -163,6 +172,20 @@ def test_an_exchange_ends_where_no_pair_of_moves_helps(model, samples):
     for move in moves.of(found[-1].plan):
         plan = with_layer(found[-1].plan, *move)
         assert meter.cost(plan) > 0.7 or probe.divergence(plan) > losses[-1] - 2e-5
+
+
+def test_a_search_over_whole_layers(model, samples):
+    meter = meter_of(model, samples)
+    ladder = WholeLayers(calibrate(model, samples), shape_of(model).kv_heads)
+    points = list(points_to(0.4, meter, ladder, "a prompt"))
+    kinds = {LayerPlan(), LayerPlan(attention="none", ffn=0.0), LayerPlan.off()}
+    assert {layer for point in points for layer in point.plan.layers} <= kinds
+    best = best_within(points, 0.4)
+    plans = [VisualPlan(layers) for layers in itertools.product(kinds, repeat=LAYERS)]
+    within = [meter(plan).kl for plan in plans if meter.cost(plan) <= 0.4]
+    assert (
+        best.kl <= sorted(within)[1] and "of a prompt" in best.plan.about
+    )  # of 27, a way down and exchanges may miss one
 
 
 def test_moves_go_both_ways(model, samples):

@@ -49,13 +49,13 @@ def scatter(points: Sequence[tuple[str, float, float, float]], best: Sequence[st
         kind = "best" if label in best else "rest"
         parts.append(f'<path class="{kind}" d="M{at_x:.1f} {at_y - half:.1f}V{at_y + half:.1f}"/>')
         parts.append(f'<circle class="{kind}" cx="{at_x:.1f}" cy="{at_y:.1f}" r="3.5"/>')
-        text_y = _free(taken, at_x + 7, at_y + 4, 6.2 * len(label))
+        text_y = free_height(taken, at_x + 7, at_y + 4, 6.2 * len(label))
         parts.append(f'<text x="{at_x + 7:.1f}" y="{text_y:.1f}">{escape(label)}</text>')
     name = escape(f"{up} over {across}: " + ", ".join(f"{label} {y:g} at {x:g}" for label, x, y, _ in points))
     return f'<svg class="chart" viewBox="0 0 {WIDTH} {tall}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
 
 
-def _free(taken: list, x: float, y: float, width: float) -> float:
+def free_height(taken: list, x: float, y: float, width: float) -> float:
     """The height nearest to y, downwards, at which a label of `width` at x covers no other; noted in `taken`."""
     while any(abs(y - other_y) < _LABEL and x < end and start < x + width for start, end, other_y in taken):
         y += 1

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -19,9 +20,13 @@ from ..kernels.patterns import visible
 from ..layout.layout import VisualLayout
 from ..layout.packing import visual_coordinates
 from ..plans.budgets import resolve_heads
-from ..plans.files import as_plan
+from ..plans.files import as_plan, plan_names
 from ..plans.layer_plan import Neighborhood
 from ..plans.schedule import LayerWork, schedule
+from .charts import free_height
+from .deep.answers import Answers
+from .deep.front import BLIND, DENSE
+from .deep.tables import ANSWERS
 from .layer_work import outline
 from .tiny import checkpoint
 
@@ -279,7 +284,55 @@ def cache(drawing: Drawing) -> str:
     return "K and V kept for each layer and KV head, dense and under a plan"
 
 
-FIGURES = {plans: (800, 512), attention: (770, 228), layout: (630, 256), lanes: (826, 346), cache: (730, 250)}
+def deep_front(drawing: Drawing) -> str:
+    """Scores over visual FLOPs on the deep model, kind by kind."""
+    answers = Answers.load(ANSWERS)
+    for index, kind in enumerate(("place", "count", "reading", "later")):
+        _scores(drawing, answers, kind, 44 + index % 2 * 400, 34 + index // 2 * 236, 330, 170)
+    drawing.text(44, 502, "right over visual FLOPs, shares of dense", "quiet", 13)
+    drawing.key(324, 502, [(color, words, room) for color, (words, room) in KINDS_OF_PLANS.items()])
+    return "Scores of plans over their visual FLOPs on the deep model, four kinds of questions"
+
+
+# In the deep model's front, by colour; a legend's words and room.
+KINDS_OF_PLANS = {
+    "scores": ("published", 90), "visual": ("others", 70), "projections": ("fitted", 66), "text": ("trained", 76),
+    "quiet": ("blind", 60),
+}  # fmt: skip
+
+
+def _color(name: str) -> str:
+    """Of a plan by its name in the answers: `NAME`, `NAME, fitted` or `NAME, trained`."""
+    for ending, color in ((", trained", "text"), (", fitted", "projections")):
+        if name.endswith(ending):
+            return color
+    method = re.sub(r"\+\d+$", "", name)  # with first layers whole
+    return "scores" if method in {*plan_names()} - {DENSE, "auto"} else "visual"
+
+
+def _scores(drawing, answers: Answers, kind: str, x: float, y: float, wide: float, tall: float) -> None:
+    drawing.text(x, y - 14, kind, bold=True)
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        drawing.lines([[(x, y + tall * share), (x + wide, y + tall * share)]], "none")
+        drawing.text(x - 8, y + tall * (1 - share) + 4, f"{share:.0%}", "quiet", 12, "end")
+        drawing.text(x + wide * share, y + tall + 30, f"{share:.0%}", "quiet", 12, "middle")
+    blind = y + tall * (1 - answers.of(BLIND, kind).mean())
+    drawing.lines([[(x, blind), (x + wide, blind)]], "quiet")
+    dots = {
+        name: (x + wide * answers.visual_flops[name], y + tall * (1 - answers.of(name, kind).mean()))
+        for name in sorted({*answers.right} - {BLIND}, key=lambda name: _color(name) != "scores")
+    }
+    taken = [(left - 4, left + 4, top + 4) for left, top in dots.values()]
+    for name, (left, top) in dots.items():
+        drawing.rect(left - 3.5, top - 3.5, 7, 7, _color(name))
+        if _color(name) == "scores":
+            drawing.text(left + 7, free_height(taken, left + 7, top - 6, 6.2 * len(name)), name, "scores", 11)
+
+
+FIGURES = {
+    plans: (800, 512), attention: (770, 228), layout: (630, 256), lanes: (826, 346), cache: (730, 250),
+    deep_front: (786, 506),
+}  # fmt: skip
 
 
 def drawn(figure: Callable[[Drawing], str]) -> str:

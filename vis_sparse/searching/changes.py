@@ -113,6 +113,17 @@ class LayerChanges:
         return place, dataclasses.replace(layer_at(plan, place), **fields)
 
 
+class WholeLayers(LayerChanges):
+    """Whole layers only, step by step: as they are, standing still, off. For a deep model, where the first ranking of
+    all fields takes too long."""
+
+    steps = (LayerPlan(), LayerPlan(attention="none", ffn=0.0), LayerPlan.off())
+
+    def of_layer(self, plan: VisualPlan, place: int) -> Iterator[LayerPlan]:
+        at = self.steps.index(layer_at(plan, place))
+        return iter(self.steps[max(0, at - 1) : at] + self.steps[at + 1 : at + 2])
+
+
 def _ladder(kind: _Layers, index: int) -> dict[str, tuple]:
     """What each field of a layer may become."""
     neurons = kind.scores.neurons.shape[1]

@@ -13,8 +13,6 @@ from ..plans.plan import VisualPlan
 from .log import Log
 from .pareto import Point
 
-_ROUGH = 128  # samples
-
 
 class TimeUp(Exception):
     """A plan was to be measured after the time for it."""
@@ -26,7 +24,7 @@ def middle_sample(probe: Probe) -> int:
 
 
 class PlanLosses:
-    """Points of plans on a probe's samples, exactly or roughly: on about 128 of the samples.
+    """Points of plans on a probe's samples, exactly or roughly: on about `rough` of the samples.
 
     cost: of a plan, in any unit. until: time.monotonic() after which what is not known raises TimeUp; not limited at
     first.
@@ -34,12 +32,12 @@ class PlanLosses:
 
     until = float("inf")
 
-    def __init__(self, probe: Probe, cost: Callable[[VisualPlan], float], log: Log):
+    def __init__(self, probe: Probe, cost: Callable[[VisualPlan], float], log: Log, rough: int = 128):
         self._probe, self._cost, self._log = probe, cost, log
         self._start = self._dense = probe.plan
         # the unpatched model's: it has a tower that runs layers which nobody reads
         whole = cost(probe.plan.replace(tower=None))
-        self._whole, self._every = whole, max(1, probe.num_samples // _ROUGH)
+        self._whole, self._every = whole, max(1, probe.num_samples // rough)
         self._points: dict[tuple[VisualPlan, bool], Point] = {}
 
     @property

@@ -147,29 +147,49 @@ def search_front(
         if vision is not None and checked_tower(calibration, vision.module, vision.tower) is None:
             raise PlanError("calibration: got one without scores of the vision encoder, expected calibrate(tower=True)")
     meter, kv_heads = meter_of(model, samples, cost, batch, log), shape_of(model).kv_heads
-    loss, ladder = OBJECTIVES[objective], LayerChanges(calibration, kv_heads, with_tower)
+    ladder = LayerChanges(calibration, kv_heads, with_tower)
+
+    def published() -> Iterator[VisualPlan]:
+        # they say nothing of the vision encoder
+        def whole(plan: VisualPlan) -> VisualPlan:
+            return plan.replace(tower=meter.dense.tower)
+
+        methods = chains(calibration.heads, kv_heads, lambda plan: OBJECTIVES[objective](meter(whole(plan))))
+        return map(whole, itertools.chain.from_iterable(methods.values()))
+
+    yield from points_to(budget, meter, ladder, f"a prompt of {meter.prompt}", objective, time_limit, published)
+
+
+def points_to(
+    budget: float,
+    meter: PlanLosses,
+    ladder: LayerChanges,
+    prompt: str,
+    objective: str = "kl",
+    time_limit: float | None = None,
+    published: Callable[[], Iterable[VisualPlan]] = tuple,
+    start: VisualPlan | None = None,
+) -> Iterator[Point]:
+    """`search_front` with whatever measures plans. prompt: what costs are of, in words. published: plans to go on from
+    beside those on the way down. start: of that way, the dense plan if None."""
+    loss = OBJECTIVES[objective]
     end = float("inf") if time_limit is None else time.monotonic() + time_limit
 
-    def whole(plan: VisualPlan) -> VisualPlan:
-        """A published method's plan; they say nothing of the vision encoder."""
-        return plan.replace(tower=meter.dense.tower)
-
     def ways() -> Iterator[Point]:
-        yield from _descend(meter, ladder, loss, meter(meter.dense), budget, end)
+        yield from _descend(meter, ladder, loss, meter(start or meter.dense), budget, end)
         meter.until = end
         meter.start_from(meter.dense)
-        methods, stages = chains(calibration.heads, kv_heads, lambda plan: loss(meter(whole(plan)))), _stages(budget)
-        published = map(whole, itertools.chain.from_iterable(methods.values()))
-        yield from map(meter, (plan for plan in published if meter.cost(plan) <= stages[0]))
-        start = None
+        stages = _stages(budget)
+        yield from map(meter, (plan for plan in published() if meter.cost(plan) <= stages[0]))
+        before = None
         for share in stages:
-            if start is not None:
-                yield from _descend(meter, ladder, loss, start, share, end)
+            if before is not None:
+                yield from _descend(meter, ladder, loss, before, share, end)
             yield from _exchange(meter, ladder, loss, best_within(found, share, objective), share)
-            start = best_within(found, share, objective)
+            before = best_within(found, share, objective)
 
     found: list[Point] = []
-    about = f"Found by vis_sparse.search; costs are of a prompt of {meter.prompt}."
+    about = f"Found by vis_sparse.search; costs are of {prompt}."
     with suppress(TimeUp):
         for point in ways():
             found.append(replace(point, plan=point.plan.replace(name="searched", about=about)))

@@ -98,6 +98,39 @@ def right_of(data: Sequences, tokens: Tensor) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Dialogs about images, a batch of sequences. embedded: (B, L, width) fp32, visual tokens in their places."""
+
+    data: Sequences
+    embedded: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Positions, and what each row sees."""
+        return self.data.positions, self.data.visible()
+
+    @property
+    def where(self) -> Tensor:
+        """(B, L) bool: rows that have a target."""
+        return self.data.targets != NO_LABEL
+
+    @property
+    def labels(self) -> Tensor:
+        """(targets,) int64"""
+        return self.data.targets[self.where]
+
+
+@torch.no_grad()
+def asked(model: Model, seed: Sequence[int], shown: Sequence[str], split: str) -> Asked:
+    """A batch of the dialogs that are `examined`, a sequence for each of `shown`, about the images of a split."""
+    data = sequences(model.tokenizer, np.random.default_rng(seed), shown, (), split=split, asked=examined)
+    with torch.autocast("cpu", torch.bfloat16):
+        visual = projected(model.projector, features(model.tower, seen(data.images).pixels)[0])
+    embedded = model.decoder.embeddings[data.ids].float()
+    return Asked(data, embedded.masked_scatter(visual_places(data.ids)[..., None], visual.float()))
+
+
 @torch.no_grad()
 def answered(
     model: Model, dense: Sequence[LayerWork], works: dict[str, Sequence[LayerWork]], parts: range
@@ -109,19 +142,13 @@ def answered(
     """
     decoder = model.decoder
     for part in parts:
-        rng = np.random.default_rng([SEED, part])
-        data = sequences(model.tokenizer, rng, SHOWN[part % len(SHOWN)], (), split="test", asked=examined)
-        with torch.autocast("cpu", torch.bfloat16):
-            visual = projected(model.projector, features(model.tower, seen(data.images).pixels)[0])
-        embedded = decoder.embeddings[data.ids].float()
-        embedded = embedded.masked_scatter(visual_places(data.ids)[..., None], visual.float())
-        inputs, where, kept = (data.positions, data.visible()), data.targets != NO_LABEL, []
+        found, kept = asked(model, [SEED, part], SHOWN[part % len(SHOWN)], "test"), []
         decoder.work = dense
-        whole = decoder.rest(decoder.lanes(embedded), *inputs, kept=kept)
+        whole = decoder.rest(decoder.lanes(found.embedded), *found.inputs, kept=kept)
         right = {}
         for name, work in works.items():
             common = next((i for i, pair in enumerate(zip(work, dense)) if pair[0] != pair[1]), None)
             decoder.work = work
-            hidden = whole if common is None else decoder.rest(kept[common], *inputs, first=common)
-            right[name] = right_of(data, likeliest(decoder, hidden[where]))
-        yield kinds_of(data), right
+            hidden = whole if common is None else decoder.rest(kept[common], *found.inputs, first=common)
+            right[name] = right_of(found.data, likeliest(decoder, hidden[found.where]))
+        yield kinds_of(found.data), right

@@ -7,12 +7,14 @@ reads a visual token. FLOPs are those of the decoder's visual rows, by `flops`.
 
 import argparse
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from torch import Tensor
 
 from vis_sparse import flops
 from vis_sparse.cost.shape_lookup import load_shape
+from vis_sparse.cost.shapes import ModelShape
 from vis_sparse.eval.deep import adapter_files
 from vis_sparse.eval.deep.answers import Answers, answered
 from vis_sparse.eval.deep.export import SHIPPED, weights_of
@@ -57,13 +59,22 @@ def planned(state: dict[str, Tensor], work: tuple[LayerWork, ...], **options) ->
 
 def share_of_flops(plan: VisualPlan) -> float:
     """Of the dense plan's FLOPs for visual rows in a prefill."""
-    shape = load_shape(checkpoint("smol"))
+    return _spent(plan) / _whole()
 
-    def spent(plan: VisualPlan) -> int:
-        report = flops(shape, plan, image_size=(IMAGE_SIZE, IMAGE_SIZE), text_tokens=TEXT, text_before=TEXT_BEFORE)
-        return report.prefill.lane("visual")
 
-    return spent(plan) / spent(VisualPlan.dense(shape.layers))
+def _spent(plan: VisualPlan) -> int:
+    report = flops(_shape(), plan, image_size=(IMAGE_SIZE, IMAGE_SIZE), text_tokens=TEXT, text_before=TEXT_BEFORE)
+    return report.prefill.lane("visual")
+
+
+@cache
+def _shape() -> ModelShape:
+    return load_shape(checkpoint("smol"))
+
+
+@cache
+def _whole() -> int:
+    return _spent(VisualPlan.dense(_shape().layers))
 
 
 def front(

@@ -88,7 +88,7 @@ class PlannedDecoder(Decoder):
         inner = Swiglu.apply(self._linears(layer, 2, rows), self.swiglu, self.swiglu_grads)
         if neurons is not None:
             kept = inner.new_zeros(inner.shape[-1])
-            kept[: neurons if isinstance(neurons, int) else list(neurons)] = 1
+            kept[slice(neurons) if isinstance(neurons, int) else list(neurons)] = 1
             inner = inner * kept
         return self._linears(layer, 3, inner)
 
