@@ -237,8 +237,8 @@ MUTANTS = mutants((
     ),
     (
         "biases not looked at", KEPT_CUTS,
-        "for p in (m.weight, m.bias) if p is not None]",
-        "for p in (m.weight,)]",
+        'for p in (each["weight"], each["bias"]) if p is not None]',
+        'for p in (each["weight"],)]',
         "executor/test_kept_cuts.py::test_no_change_of_weights_is_missed[by_bias]",
     ),
     (

@@ -212,6 +212,9 @@ class CutLinear:
     def tensors(self, modules: Sequence[nn.Module]) -> Callable[[], tuple[torch.Tensor, torch.Tensor | None]]:
         """What gives the cut weight and bias of plain `modules` as they are now."""
 
+        if len(modules) == 1 and not self.copies:
+            return lambda: self._view(*tensors(modules[0]))
+
         def found():
             kept = self._kept
             return self._cut(modules) if kept is None or records_gradients(modules) else kept
@@ -241,11 +244,16 @@ class CutLinear:
         """Bytes of the kept copy."""
         return sum(t.numel() * t.element_size() for t in self.kept if t is not None)
 
+    def _view(self, weight, bias):
+        if self._columns is not None:
+            return self._columns(weight, 1), bias
+        (rows,) = self._rows
+        return rows(weight, 0), None if bias is None else rows(bias, 0)
+
     def _cut(self, modules):
         if self._columns is not None:
             (module,) = modules
-            weight, bias = tensors(module)
-            return self._columns(weight, 1), bias
+            return self._view(*tensors(module))
         weights, biases = zip(*map(tensors, modules))
         if all(bias is None for bias in biases):
             bias = None
