@@ -1,10 +1,13 @@
 """`product`: every routine it may choose gives `linear`'s numbers, and the FLOPs and gradients are seen."""
 
+from math import inf
+
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from vis_sparse.eval.launches import Launches
 from vis_sparse.executor import weights
 from vis_sparse.executor.weights import product
 
@@ -16,6 +19,18 @@ def size(request, monkeypatch):
     """Products of these sizes are too small for oneDNN's routine, but where nothing is."""
     if request.param.startswith("every"):
         monkeypatch.setattr(weights, "_ONE_DNN_FROM", 1)
+        monkeypatch.setattr(weights, "_ONE_DNN_ROWS", inf)
+
+
+@pytest.mark.parametrize("rows, most, chosen", [(64, 64, True), (65, 64, False), (65, inf, True), (3, inf, False)])
+@torch.no_grad()
+def test_one_dnn_runs_large_products_of_few_rows(rows, most, chosen, monkeypatch):
+    monkeypatch.setattr(weights, "_ONE_DNN_FROM", 2**20)
+    monkeypatch.setattr(weights, "_ONE_DNN_ROWS", most)
+    x, weight = torch.randn(rows, 512), torch.randn(512, 512)
+    with Launches() as counted:
+        product(x, weight)
+    assert (counted.ops["mkldnn._linear_pointwise.default"] == 1) == chosen, counted.ops
 
 
 def contiguous(rows: int, width: int) -> torch.Tensor:

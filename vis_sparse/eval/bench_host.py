@@ -55,25 +55,12 @@ def bench_host(
     round), `ratio` (over unpatched, median over rounds), `parts` (seconds before, in and after the decoder layers),
     `launches` (operations without views) in all and by kind. One thread counts, so others are stopped.
     """
-    shape = load_shape(model)
-    shape = dataclasses.replace(
-        shape, layers=layers or shape.layers, hidden=HIDDEN, ffn=FFN, head_dim=HEAD_DIM, qkv_bias=shape.qkv_bias
-    )
-    heads = np.random.default_rng(0).random((shape.layers, shape.heads)) if scattered else "first"
-    names = shown_names(plans)
-    measured = {DENSE_PLAN: VisualPlan.dense(shape.layers)}
-    measured |= {name: resolved(plan, shape, calibration) for plan, name in names.items()}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            host = _Host(shape, measured, heads, batch)
-            samples = in_turns((UNPATCHED, *measured), host.turn, repeats, on_turn)
-            counts = {variant: host.launches(variant) for variant in samples}
-        host.switch(UNPATCHED)
+    with _one_thread():
+        host = _host(model, plans, layers, batch, scattered, calibration)
+        samples = in_turns((UNPATCHED, *host.plans), host.turn, repeats, on_turn)
+        counts = {variant: host.launches(variant) for variant in samples}
         facts = machine_facts(torch.device("cpu"))
-    finally:
-        torch.set_num_threads(threads)
+    shape = host.shape
     setting = {
         "model": shape.name,
         "layers": shape.layers,
@@ -90,6 +77,43 @@ def bench_host(
         {"plan": name, **setting, **{phase: _figures(phase, name, samples, counts) for phase in PHASES}, **facts}
         for name in samples
     ]
+
+
+def launches(
+    model: str, plans: list[str], *, layers: int | None = None, batch: int = 1, scattered: bool = False
+) -> dict[str, dict[str, int]]:
+    """Operations without views that a prefill and a decode step dispatch, by variant and phase: the counts of
+    `bench_host`, and none of its times."""
+    with _one_thread():
+        host = _host(model, plans, layers, batch, scattered, None)
+        counts = {variant: host.launches(variant) for variant in (UNPATCHED, *host.plans)}
+    return {variant: {phase: count for phase, (count, _) in found.items()} for variant, found in counts.items()}
+
+
+@contextmanager
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _host(
+    model: str, plans: list[str], layers: int | None, batch: int, scattered: bool, calibration: Path | None
+) -> _Host:
+    shape = load_shape(model)
+    shape = dataclasses.replace(
+        shape, layers=layers or shape.layers, hidden=HIDDEN, ffn=FFN, head_dim=HEAD_DIM, qkv_bias=shape.qkv_bias
+    )
+    heads = np.random.default_rng(0).random((shape.layers, shape.heads)) if scattered else "first"
+    measured = {DENSE_PLAN: VisualPlan.dense(shape.layers)}
+    for plan, name in shown_names(plans).items():
+        # the decoder's part of a plan: of a tower there is one layer
+        measured[name] = resolved(plan, shape, calibration).replace(tower=None)
+    return _Host(shape, measured, heads, batch)
 
 
 def _figures(phase: str, name: str, samples: dict, counts: dict) -> dict:
@@ -111,7 +135,7 @@ class _Host:
     """The narrow model, its prompt, and which plan it is under."""
 
     def __init__(self, shape: ModelShape, plans: dict[str, VisualPlan], heads, batch: int):
-        self.model = random_model(shape, torch.float32, torch.device("cpu"), SIDE)
+        self.shape, self.model = shape, random_model(shape, torch.float32, torch.device("cpu"), SIDE)
         self.plans, self.heads, self.batch, self._current = plans, heads, batch, UNPATCHED
         generator = torch.Generator().manual_seed(0)
         image = self.model.config.image_token_id
@@ -147,18 +171,20 @@ class _Host:
         return figures
 
     def launches(self, variant: str) -> dict[str, tuple[int, dict[str, int]]]:
+        """Of a prompt, and of the step with the median number: stores grow in some."""
         self.switch(variant)
-        self._calls(_seconds)
-        return {phase: values[-1] for phase, values in self._calls(_launches).items()}
+        self._calls(_seconds, 1)
+        counted = self._calls(_launches, 1)
+        return {phase: sorted(found, key=lambda each: each[0])[len(found) // 2] for phase, found in counted.items()}
 
-    def _calls(self, measure) -> dict[str, list]:
+    def _calls(self, measure, prompts: int = 2) -> dict[str, list]:
         """`measure` of some prompts and of the decode steps after each."""
         length = self.prompt["input_ids"].shape[1]
         found: dict[str, list] = {phase: [] for phase in PHASES}
         gc.collect()
         gc.disable()
         try:
-            for _ in range(2):
+            for _ in range(prompts):
                 cache = new_cache(self.model.config.get_text_config())
                 prompt = partial(self.model, **self.prompt, past_key_values=cache)
                 found["prefill"].append(measure(prompt))

@@ -18,7 +18,7 @@ from torch import nn
 from ..kernels import fused, fused_operations
 from ..kernels.fused import HeadNorm, Slots
 from .rows import add_rows
-from .weights import CutLinear, is_plain, is_small, listens, product, select
+from .weights import CutLinear, by_linear, is_plain, listens, product, select
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 _LINEAR = ("query", "key", "value", "output", "gate", "up", "down")
@@ -102,7 +102,7 @@ class Product:
         """x, where nobody records it, with what is made of h added to its rows from `start` on."""
         weight, bias = self._tensors()
         size = h.size(0)
-        if bias is None and x.dtype == weight.dtype and is_small(size, weight):
+        if bias is None and x.dtype == weight.dtype and by_linear(size, weight):
             rows = x if size == x.size(0) else x[start : start + size]
             torch.addmm(rows, h, weight.t(), out=rows)
             return x

@@ -23,7 +23,7 @@ from .head_map import head_map
 from .rows import add_rows, rotate, rotate_into
 from .shared_gradients import products, shares_gradient
 from .token_scores import attention_received
-from .weights import CutLinear, Selection, index_on, is_plain, is_small, tensors, unit_columns
+from .weights import CutLinear, Selection, by_linear, index_on, is_plain, tensors, unit_columns
 
 _ALL, _QUERY, _KEYS = ("query", "key", "value"), ("query",), ("key", "value")
 
@@ -203,7 +203,7 @@ class LaneLayer:
         return query, kv if self.heads.expand == 1 else kv.repeat_interleave(self.heads.expand, dim=2)
 
     def _products(self, h, names: tuple[str, ...], parts: BoundLayer, in_place: bool) -> torch.Tensor:
-        if in_place and parts.linears is not None and is_small(h.size(0), parts.linears[0][0]["weight"]):
+        if in_place and parts.linears is not None and by_linear(h.size(0), parts.linears[0][0]["weight"]):
             return self._side_by_side(h, names, parts)
         if len(names) == 1:
             return parts.query(h).contiguous()

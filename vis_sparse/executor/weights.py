@@ -9,19 +9,33 @@ Whether a kept copy is still what the parameters say is decided in `kept_cuts.py
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import lru_cache
-from math import prod
+from itertools import islice
+from math import inf, prod
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-# Multiply-adds from which oneDNN's product is ahead of `linear`: it costs 10 us or more whatever it multiplies
-# (docs/speed.md has the measurement; `python -m vis_sparse.eval.bench_products` makes it).
+
+def _is_intel() -> bool:
+    """Whether the processor is Intel's: MKL, which is `linear` on x86, has routines that only those get."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return any("GenuineIntel" in line for line in islice(lines, 8))
+    except OSError:
+        return "Intel" in platform.processor()
+
+
+# Multiply-adds from which oneDNN's product is ahead of `linear`: it costs 10 us or more whatever it multiplies. And rows
+# up to which it is: with more, MKL is ahead on its maker's processors
+# (docs/speed.md has the measurements; `python -m vis_sparse.eval.bench_products` makes them).
 _ONE_DNN_FROM = 2**20
+_ONE_DNN_ROWS = 128 if _is_intel() else inf
 _MIN_ROWS = 16  # of products that oneDNN may not run, from which the operands' order counts
 # Whether this context traces what a compiler gets, which takes oneDNN's operation for constant weights alone.
 RECORDS: ContextVar[bool] = ContextVar("vis_sparse_records", default=False)
@@ -31,13 +45,13 @@ _ONE_DNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backend
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x @ weight.T + bias` for x (rows, in) and weight (out, in), by the routine that is fastest on the device.
 
-    On a CPU in fp32 that is oneDNN's for large products, where it may be used (1 to 3.5 times as fast as `linear`, most
-    at 4 to 16 rows); where it may not, `weight @ x.T` beats `x @ weight.T` in MKL while there are few rows (it blocks
-    over the long side of the result: 1.1 to 1.2 times at 64 rows, 1.07 at 576, width 4096), and the result (rows, out)
-    is laid out column by column.
+    On a CPU in fp32 that is oneDNN's for large products of not too many rows (`by_linear`), where it may be used; where
+    it may not, `weight @ x.T` beats `x @ weight.T` in MKL while there are few rows (it blocks over the long side of the
+    result: 1.1 to 1.2 times at 64 rows, 1.07 at 576, width 4096), and the result (rows, out) is laid out column by
+    column.
     """
     rows = x.shape[0]
-    if rows * weight.numel() < _ONE_DNN_FROM or x.device.type != "cpu" or x.dtype != torch.float32:
+    if by_linear(rows, weight) or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
     if _suits_one_dnn(x, weight):
         return _ONE_DNN(x, weight, bias, "none", [], "")
@@ -47,9 +61,14 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     return out if bias is None else out + bias
 
 
-def is_small(rows: int, weight: torch.Tensor) -> bool:
-    """Whether a product is `linear`'s wherever it runs."""
-    return rows * weight.numel() < _ONE_DNN_FROM or weight.device.type != "cpu" or weight.dtype != torch.float32
+def by_linear(rows: int, weight: torch.Tensor) -> bool:
+    """Whether a product is `linear`'s, by its size and by where it runs."""
+    return (
+        rows * weight.numel() < _ONE_DNN_FROM
+        or rows > _ONE_DNN_ROWS
+        or weight.device.type != "cpu"
+        or weight.dtype != torch.float32
+    )
 
 
 def _suits_one_dnn(x: torch.Tensor, weight: torch.Tensor) -> bool:
