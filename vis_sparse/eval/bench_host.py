@@ -52,13 +52,14 @@ def bench_host(
     model: a shipped shape, or a checkpoint folder for its sizes. layers: the shape's unless given. scattered: budgets
     keep heads by random scores, which cuts through KV groups; without it and a `calibration`, the first heads.
     Each has for "prefill" and for "decode": `s` and `spread` (process time of a call, median, fastest and slowest
-    round), `ratio` (over unpatched, median over rounds), `parts` (seconds before, in and after the decoder layers),
-    `launches` (operations without views) in all and by kind. One thread counts, so others are stopped.
+    round), `ratio` (over unpatched, median over rounds), `parts` (seconds before, in and after the decoder layers, of
+    one turn apart), `launches` (operations without views) in all and by kind. One thread counts, so others are stopped.
     """
     with _one_thread():
         host = _host(model, plans, layers, batch, scattered, calibration)
         samples = in_turns((UNPATCHED, *host.plans), host.turn, repeats, on_turn)
         counts = {variant: host.launches(variant) for variant in samples}
+        parts = {variant: host.parts(variant) for variant in samples}
         facts = machine_facts(torch.device("cpu"))
     shape = host.shape
     setting = {
@@ -74,7 +75,7 @@ def bench_host(
         "timed": "process time, one thread, of calls of the whole model: narrow layers, a narrow tower of one layer",
     }
     return [
-        {"plan": name, **setting, **{phase: _figures(phase, name, samples, counts) for phase in PHASES}, **facts}
+        {"plan": name, **setting, **{phase: _figures(phase, name, samples, counts, parts) for phase in PHASES}, **facts}
         for name in samples
     ]
 
@@ -116,15 +117,14 @@ def _host(
     return _Host(shape, measured, heads, batch)
 
 
-def _figures(phase: str, name: str, samples: dict, counts: dict) -> dict:
+def _figures(phase: str, name: str, samples: dict, counts: dict, parts: dict) -> dict:
     own, base = samples[name][phase], samples[UNPATCHED][phase]
-    parts = {part: statistics.median(samples[name][f"{phase} {part}"]) for part in PARTS}
     launches, kinds = counts[name][phase]
     return {
         "s": statistics.median(own),
         "spread": [min(own), max(own)],
         "ratio": paired_ratio(own, base),
-        "parts": parts,
+        "parts": parts[name][phase],
         "launches": launches,
         "launches_ratio": launches / counts[UNPATCHED][phase][0],
         "launches_by_kind": kinds,
@@ -161,23 +161,24 @@ class _Host:
 
     def turn(self, variant: str) -> dict[str, float]:
         self.switch(variant)
-        self._calls(_seconds)  # weights are cut and tables made in the first calls
-        figures = {phase: statistics.median(values) for phase, values in self._calls(_seconds).items()}
+        self._calls(_seconds, 1, 1)  # weights are cut and tables made in the first calls
+        return {phase: statistics.median(values) for phase, values in self._calls(_seconds).items()}
+
+    def parts(self, variant: str) -> dict[str, dict[str, float]]:
+        """Of one turn after those that are compared: hooks around the layers are looked at in every call."""
+        self.switch(variant)
         with _marked(self.model) as marks:
-            parts = self._calls(lambda call: _in_parts(call, marks))
-        for phase in PHASES:
-            middle = np.median(parts[phase], axis=0).tolist()
-            figures |= {f"{phase} {part}": value for part, value in zip(PARTS, middle)}
-        return figures
+            self._calls(lambda call: _in_parts(call, marks), 1, 1)
+            found = self._calls(lambda call: _in_parts(call, marks))
+        return {phase: dict(zip(PARTS, np.median(found[phase], axis=0).tolist())) for phase in PHASES}
 
     def launches(self, variant: str) -> dict[str, tuple[int, dict[str, int]]]:
-        """Of a prompt, and of the step with the median number: stores grow in some."""
+        """Of a prompt, and of its second decode step: in the first, stores grow."""
         self.switch(variant)
-        self._calls(_seconds, 1)
-        counted = self._calls(_launches, 1)
-        return {phase: sorted(found, key=lambda each: each[0])[len(found) // 2] for phase, found in counted.items()}
+        self._calls(_seconds, 1, 1)
+        return {phase: values[-1] for phase, values in self._calls(_launches, 1, 2).items()}
 
-    def _calls(self, measure, prompts: int = 2) -> dict[str, list]:
+    def _calls(self, measure, prompts: int = 2, steps: int = STEPS) -> dict[str, list]:
         """`measure` of some prompts and of the decode steps after each."""
         length = self.prompt["input_ids"].shape[1]
         found: dict[str, list] = {phase: [] for phase in PHASES}
@@ -188,7 +189,7 @@ class _Host:
                 cache = new_cache(self.model.config.get_text_config())
                 prompt = partial(self.model, **self.prompt, past_key_values=cache)
                 found["prefill"].append(measure(prompt))
-                for step in range(length, length + STEPS):
+                for step in range(length, length + steps):
                     call = {"input_ids": self.token, "past_key_values": cache, **self._places(step, step + 1)}
                     found["decode"].append(measure(partial(self.model, **call)))
         finally:
