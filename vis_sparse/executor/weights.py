@@ -31,8 +31,8 @@ def _is_intel() -> bool:
         return "Intel" in platform.processor()
 
 
-# Multiply-adds from which oneDNN's product is ahead of `linear` (it costs 10 us or more whatever it multiplies), and rows
-# up to which it is: with more, MKL is ahead on its maker's processors. docs/speed.md has the measurements;
+# Multiply-adds from which oneDNN's product is ahead of `linear` (it costs 10 us or more whatever it multiplies), and
+# rows up to which it is: with more, MKL is ahead on its maker's processors. docs/speed.md has the measurements;
 # `python -m vis_sparse.eval.bench_products` makes them.
 _ONE_DNN_FROM = 2**20
 _ONE_DNN_ROWS = 128 if _is_intel() else inf
