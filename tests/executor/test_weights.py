@@ -18,15 +18,18 @@ IN, OUT = 40, 24
 def size(request, monkeypatch):
     """Products of these sizes are too small for oneDNN's routine, but where nothing is."""
     if request.param.startswith("every"):
-        monkeypatch.setattr(weights, "_ONE_DNN_FROM", 1)
-        monkeypatch.setattr(weights, "_ONE_DNN_ROWS", inf)
+        for name, value in (("FROM", 1), ("WEIGHTS", 0), ("ROWS", inf)):
+            monkeypatch.setattr(weights, f"_ONE_DNN_{name}", value)
 
 
-@pytest.mark.parametrize("rows, most, chosen", [(64, 64, True), (65, 64, False), (65, inf, True), (3, inf, False)])
+@pytest.mark.parametrize(
+    "rows, least, most, chosen",
+    [(64, 0, 64, True), (65, 0, 64, False), (65, 0, inf, True), (3, 0, inf, False), (64, 2**19, 64, False)],
+)
 @torch.no_grad()
-def test_one_dnn_runs_large_products_of_few_rows(rows, most, chosen, monkeypatch):
-    monkeypatch.setattr(weights, "_ONE_DNN_FROM", 2**20)
-    monkeypatch.setattr(weights, "_ONE_DNN_ROWS", most)
+def test_one_dnn_runs_large_products_of_few_rows(rows, least, most, chosen, monkeypatch):
+    for name, value in (("FROM", 2**20), ("WEIGHTS", least), ("ROWS", most)):
+        monkeypatch.setattr(weights, f"_ONE_DNN_{name}", value)
     x, weight = torch.randn(rows, 512), torch.randn(512, 512)
     with Launches() as counted:
         product(x, weight)

@@ -31,11 +31,10 @@ def _is_intel() -> bool:
         return "Intel" in platform.processor()
 
 
-# Multiply-adds from which oneDNN's product is ahead of `linear` (it costs 10 us or more whatever it multiplies), and
-# rows up to which it is: with more, MKL is ahead on its maker's processors. docs/speed.md has the measurements;
-# `python -m vis_sparse.eval.bench_products` makes them.
-_ONE_DNN_FROM = 2**20
-_ONE_DNN_ROWS = 128 if _is_intel() else inf
+# Multiply-adds from which oneDNN's product is ahead of `linear` (it costs 10 us or more whatever it multiplies), the
+# least weights and the most rows: on its maker's processors MKL is ahead with less and with more. docs/speed.md has the
+# measurements; `python -m vis_sparse.eval.bench_products` makes them.
+_ONE_DNN_FROM, _ONE_DNN_WEIGHTS, _ONE_DNN_ROWS = (2**23, 2**20, 128) if _is_intel() else (2**20, 0, inf)
 _MIN_ROWS = 16  # of products that oneDNN may not run, from which the operands' order counts
 # Whether this context traces what a compiler gets, which takes oneDNN's operation for constant weights alone.
 RECORDS: ContextVar[bool] = ContextVar("vis_sparse_records", default=False)
@@ -65,6 +64,7 @@ def by_linear(rows: int, weight: torch.Tensor) -> bool:
     """Whether a product is `linear`'s, by its size and by where it runs."""
     return (
         rows * weight.numel() < _ONE_DNN_FROM
+        or weight.numel() < _ONE_DNN_WEIGHTS
         or rows > _ONE_DNN_ROWS
         or weight.device.type != "cpu"
         or weight.dtype != torch.float32
