@@ -135,8 +135,8 @@ MUTANTS = mutants((
     ),
     (
         "lanes write into the caller's rows", CALL,
-        "return rows.clone(), cos[:, None], sin[:, None]",
-        "return rows, cos[:, None], sin[:, None]",
+        "return hidden.flatten(0, 1).clone(), cos, sin",
+        "return hidden.flatten(0, 1), cos, sin",
         "executor/test_call_tables.py::test_rows_of_the_caller_stay_as_they_were",
     ),
     (

@@ -30,14 +30,14 @@ MUTANTS = mutants((
     ),
     (
         "windows ignored where all heads are kept", LAYER,
-        '            and work.attention == "full"\n',
+        ' and work.attention == "full"',
         "",
         "executor/test_parity.py::test_shipped_plan_is_the_oracle[yopo-25-exclude-torch]",
         *dropping("near", "one"),
     ),
     (
         "text sees visual rows in layers that do not read them", LAYER,
-        "            and heads.blind is None\n",
+        " and heads.blind is None",
         "",
         *dropping("unread between", "one"),
     ),
@@ -68,8 +68,8 @@ MUTANTS = mutants((
     ),
     (
         "values of heads that are cut count", LAYER,
-        "        if self.zeroed:\n            visual_kv =",
-        "        if False:\n            visual_kv =",
+        "        if self.zeroed:\n            flat =",
+        "        if False:\n            flat =",
         *oracle("one"),
     ),
     (
