@@ -6,9 +6,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import vis_sparse
 from vis_sparse.cli.main import app as cli
-from vis_sparse.eval.bench_host import PARTS, PHASES, bench_host
+from vis_sparse.eval.bench_host import PARTS, PHASES, UNPATCHED, bench_host, launches
 from vis_sparse.eval.launches import Launches
+
+from ..marks import slow_but
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,27 @@ def test_views_are_no_launches():
     assert counted.ops == {"aten.zeros.default": 1, "aten.add_.Tensor": 1, "aten.mm.default": 1}
     assert counted.totals() == (3, 3 + sum(counted.views.values())) and counted.views
     assert counted.by_kind() == {"products": 1, "attention": 0, "copies": 0, "others": 2}
+
+
+SETTINGS = {
+    "llava": ("llava-1.5-7b", False),
+    "llava-scattered": ("llava-1.5-7b", True),
+    "qwen-first": ("qwen2-vl-7b", False),
+    "qwen-scattered": ("qwen2-vl-7b", True),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("setting", slow_but(["llava", "qwen-scattered"], SETTINGS))
+def test_no_shipped_plan_launches_more_than_the_unpatched_model(setting, batch, record_property):
+    """At full depth, in prefill and in decode; views are none."""
+    model, scattered = SETTINGS[setting]
+    found = launches(model, sorted(set(vis_sparse.plan_names()) - {"dense"}), batch=batch, scattered=scattered)
+    record_property("launches", found)
+    base = found.pop(UNPATCHED)
+    assert found.keys() == set(vis_sparse.plan_names())
+    more = {(plan, phase): own[phase] for plan, own in found.items() for phase in PHASES if own[phase] > base[phase]}
+    assert not more, (more, base)
 
 
 def test_command(tmp_path):

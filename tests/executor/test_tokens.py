@@ -279,7 +279,8 @@ def test_dropping_dispatches_little_and_waits_once(by, samples, monkeypatch):
     dense = dispatched(VisualPlan.dense(6), samples)
     fastv = dispatched(VisualPlan.fastv(6, by=by), samples)
     assert len(waits) == 2 * (by in ("attention", "norm")), "one in each of the two calls"
-    assert sum(fastv.ops.values()) - sum(dense.ops.values()) <= 20, fastv.ops - dense.ops
+    # the dense plan keeps its rows as they come; layers around a choice do not
+    assert sum(fastv.ops.values()) - sum(dense.ops.values()) <= 30, fastv.ops - dense.ops
     for read in ("aten._local_scalar_dense.default", "aten.nonzero.default"):
         assert fastv.ops[read] == dense.ops[read]
 

@@ -51,6 +51,7 @@ def test_checkpointing_is_off_in_evaluation():
 def test_gradients_of_inputs_through_frozen_weights(monkeypatch):
     """As prompt tuning asks for them, in fp32 on a CPU, by the routines of large products."""
     monkeypatch.setattr(weights, "_ONE_DNN_FROM", 1)
+    monkeypatch.setattr(weights, "_ONE_DNN_WEIGHTS", 0)
     model = vis_sparse.patch(make_model(dtype=torch.float32), VisualPlan.dense(LAYERS)).requires_grad_(False)
     batch = make_batch(model, [(5, IMAGE, 4)])
 

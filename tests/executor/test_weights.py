@@ -1,10 +1,13 @@
 """`product`: every routine it may choose gives `linear`'s numbers, and the FLOPs and gradients are seen."""
 
+from math import inf
+
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from vis_sparse.eval.launches import Launches
 from vis_sparse.executor import weights
 from vis_sparse.executor.weights import product
 
@@ -15,7 +18,22 @@ IN, OUT = 40, 24
 def size(request, monkeypatch):
     """Products of these sizes are too small for oneDNN's routine, but where nothing is."""
     if request.param.startswith("every"):
-        monkeypatch.setattr(weights, "_ONE_DNN_FROM", 1)
+        for name, value in (("FROM", 1), ("WEIGHTS", 0), ("ROWS", inf)):
+            monkeypatch.setattr(weights, f"_ONE_DNN_{name}", value)
+
+
+@pytest.mark.parametrize(
+    "rows, least, most, chosen",
+    [(64, 0, 64, True), (65, 0, 64, False), (65, 0, inf, True), (3, 0, inf, False), (64, 2**19, 64, False)],
+)
+@torch.no_grad()
+def test_one_dnn_runs_large_products_of_few_rows(rows, least, most, chosen, monkeypatch):
+    for name, value in (("FROM", 2**20), ("WEIGHTS", least), ("ROWS", most)):
+        monkeypatch.setattr(weights, f"_ONE_DNN_{name}", value)
+    x, weight = torch.randn(rows, 512), torch.randn(512, 512)
+    with Launches() as counted:
+        product(x, weight)
+    assert (counted.ops["mkldnn._linear_pointwise.default"] == 1) == chosen, counted.ops
 
 
 def contiguous(rows: int, width: int) -> torch.Tensor:

@@ -135,8 +135,8 @@ MUTANTS = mutants((
     ),
     (
         "lanes write into the caller's rows", CALL,
-        "return rows.clone(), cos[:, None], sin[:, None]",
-        "return rows, cos[:, None], sin[:, None]",
+        "return hidden.flatten(0, 1).clone(), cos, sin",
+        "return hidden.flatten(0, 1), cos, sin",
         "executor/test_call_tables.py::test_rows_of_the_caller_stay_as_they_were",
     ),
     (
@@ -237,8 +237,8 @@ MUTANTS = mutants((
     ),
     (
         "biases not looked at", KEPT_CUTS,
-        "for p in (m.weight, m.bias) if p is not None]",
-        "for p in (m.weight,)]",
+        'for p in (each["weight"], each["bias"]) if p is not None]',
+        'for p in (each["weight"],)]',
         "executor/test_kept_cuts.py::test_no_change_of_weights_is_missed[by_bias]",
     ),
     (

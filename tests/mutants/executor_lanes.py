@@ -30,14 +30,14 @@ MUTANTS = mutants((
     ),
     (
         "windows ignored where all heads are kept", LAYER,
-        '            and work.attention == "full"\n',
+        ' and work.attention == "full"',
         "",
         "executor/test_parity.py::test_shipped_plan_is_the_oracle[yopo-25-exclude-torch]",
         *dropping("near", "one"),
     ),
     (
         "text sees visual rows in layers that do not read them", LAYER,
-        "            and heads.blind is None\n",
+        " and heads.blind is None",
         "",
         *dropping("unread between", "one"),
     ),
@@ -62,14 +62,14 @@ MUTANTS = mutants((
     ),
     (
         "forgotten keys joined in another order", LAYER,
-        "torch.cat([*past, visual, self.visual_units(text, 2)], 1)",
-        "torch.cat([*past, self.visual_units(text, 2), visual], 1)",
+        "torch.cat([*past, visual, self.visual_units(text, 3)], 1)",
+        "torch.cat([*past, self.visual_units(text, 3), visual], 1)",
         "executor/test_call_tables.py::test_layers_that_store_visual_keys_and_layers_that_do_not",
     ),
     (
         "values of heads that are cut count", LAYER,
-        "        if self.zeroed:\n            visual_kv =",
-        "        if False:\n            visual_kv =",
+        "        if self.zeroed:\n            flat =",
+        "        if False:\n            flat =",
         *oracle("one"),
     ),
     (
@@ -93,8 +93,8 @@ MUTANTS = mutants((
     ),
     (
         "cached text is not expanded", LANES,
-        "transpose(1, 2).repeat_interleave(lane.heads.expand, dim=2)",
-        "transpose(1, 2).repeat(1, 1, lane.heads.expand, 1)",
+        "permute(0, 3, 1, 2, 4).repeat_interleave(lane.heads.expand, dim=3)",
+        "permute(0, 3, 1, 2, 4).repeat(1, 1, 1, lane.heads.expand, 1)",
         *oracle("chunks", "left-chunks", "adjacent-chunks"),
     ),
     (

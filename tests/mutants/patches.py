@@ -98,8 +98,8 @@ MUTANTS = mutants((
     ),
     (
         "copies of weights never refreshed", STATE,
-        "            executor.kept_cuts.refresh()\n",
-        "            if not executor.kept_cuts.bytes:\n                executor.kept_cuts.refresh()\n",
+        "            executor.kept_cuts.refresh(bound)\n",
+        "            if not executor.kept_cuts.bytes:\n                executor.kept_cuts.refresh(bound)\n",
         "executor/test_kept_cuts.py::test_no_change_of_weights_is_missed[by_data]",
     ),
     (

@@ -19,7 +19,7 @@ from ..executor.cache import Book, Store
 from ..executor.call import Call
 from ..executor.kept_cuts import KeptCuts
 from ..executor.lanes import LaneExecutor
-from ..executor.layer import Angles, LaneLayer
+from ..executor.layer import LaneLayer
 from ..kernels import get_backend
 from ..layout.layout import VisualLayout
 from ..layout.packing import pack
@@ -180,8 +180,8 @@ class Probe:
         decoder, batch = self.target.decoder, self._batches[0]
         layer = LaneLayer(decoder.layers[0], work, decoder, False, self.backend)
         KeptCuts(layer.cuts.values()).refresh()
-        x, cos, sin = batch.call.split(batch.states[0], batch.cos, batch.sin)
-        angles, parts = Angles.of(cos, sin, batch.call.num_text), layer.bound()
+        x, angles = layer.rows(batch.call, batch.states[0], batch.cos, batch.sin)
+        parts = layer.bound()
         in_place = not torch.is_grad_enabled()
         return lambda: layer(x.clone(), batch.call, angles, parts, (Store(), Store()), in_place)
 

@@ -52,28 +52,16 @@ def bench_host(
     model: a shipped shape, or a checkpoint folder for its sizes. layers: the shape's unless given. scattered: budgets
     keep heads by random scores, which cuts through KV groups; without it and a `calibration`, the first heads.
     Each has for "prefill" and for "decode": `s` and `spread` (process time of a call, median, fastest and slowest
-    round), `ratio` (over unpatched, median over rounds), `parts` (seconds before, in and after the decoder layers),
-    `launches` (operations without views) in all and by kind. One thread counts, so others are stopped.
+    round), `ratio` (over unpatched, median over rounds), `parts` (seconds before, in and after the decoder layers, of
+    one turn apart), `launches` (operations without views) in all and by kind. One thread counts, so others are stopped.
     """
-    shape = load_shape(model)
-    shape = dataclasses.replace(
-        shape, layers=layers or shape.layers, hidden=HIDDEN, ffn=FFN, head_dim=HEAD_DIM, qkv_bias=shape.qkv_bias
-    )
-    heads = np.random.default_rng(0).random((shape.layers, shape.heads)) if scattered else "first"
-    names = shown_names(plans)
-    measured = {DENSE_PLAN: VisualPlan.dense(shape.layers)}
-    measured |= {name: resolved(plan, shape, calibration) for plan, name in names.items()}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            host = _Host(shape, measured, heads, batch)
-            samples = in_turns((UNPATCHED, *measured), host.turn, repeats, on_turn)
-            counts = {variant: host.launches(variant) for variant in samples}
-        host.switch(UNPATCHED)
+    with _one_thread():
+        host = _host(model, plans, layers, batch, scattered, calibration)
+        samples = in_turns((UNPATCHED, *host.plans), host.turn, repeats, on_turn)
+        counts = {variant: host.launches(variant) for variant in samples}
+        parts = {variant: host.parts(variant) for variant in samples}
         facts = machine_facts(torch.device("cpu"))
-    finally:
-        torch.set_num_threads(threads)
+    shape = host.shape
     setting = {
         "model": shape.name,
         "layers": shape.layers,
@@ -87,20 +75,56 @@ def bench_host(
         "timed": "process time, one thread, of calls of the whole model: narrow layers, a narrow tower of one layer",
     }
     return [
-        {"plan": name, **setting, **{phase: _figures(phase, name, samples, counts) for phase in PHASES}, **facts}
+        {"plan": name, **setting, **{phase: _figures(phase, name, samples, counts, parts) for phase in PHASES}, **facts}
         for name in samples
     ]
 
 
-def _figures(phase: str, name: str, samples: dict, counts: dict) -> dict:
+def launches(
+    model: str, plans: list[str], *, layers: int | None = None, batch: int = 1, scattered: bool = False
+) -> dict[str, dict[str, int]]:
+    """Operations without views that a prefill and a decode step dispatch, by variant and phase: the counts of
+    `bench_host`, and none of its times."""
+    with _one_thread():
+        host = _host(model, plans, layers, batch, scattered, None)
+        counts = {variant: host.launches(variant) for variant in (UNPATCHED, *host.plans)}
+    return {variant: {phase: count for phase, (count, _) in found.items()} for variant, found in counts.items()}
+
+
+@contextmanager
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _host(
+    model: str, plans: list[str], layers: int | None, batch: int, scattered: bool, calibration: Path | None
+) -> _Host:
+    shape = load_shape(model)
+    shape = dataclasses.replace(
+        shape, layers=layers or shape.layers, hidden=HIDDEN, ffn=FFN, head_dim=HEAD_DIM, qkv_bias=shape.qkv_bias
+    )
+    heads = np.random.default_rng(0).random((shape.layers, shape.heads)) if scattered else "first"
+    measured = {DENSE_PLAN: VisualPlan.dense(shape.layers)}
+    for plan, name in shown_names(plans).items():
+        # the decoder's part of a plan: of a tower there is one layer
+        measured[name] = resolved(plan, shape, calibration).replace(tower=None)
+    return _Host(shape, measured, heads, batch)
+
+
+def _figures(phase: str, name: str, samples: dict, counts: dict, parts: dict) -> dict:
     own, base = samples[name][phase], samples[UNPATCHED][phase]
-    parts = {part: statistics.median(samples[name][f"{phase} {part}"]) for part in PARTS}
     launches, kinds = counts[name][phase]
     return {
         "s": statistics.median(own),
         "spread": [min(own), max(own)],
         "ratio": paired_ratio(own, base),
-        "parts": parts,
+        "parts": parts[name][phase],
         "launches": launches,
         "launches_ratio": launches / counts[UNPATCHED][phase][0],
         "launches_by_kind": kinds,
@@ -111,7 +135,7 @@ class _Host:
     """The narrow model, its prompt, and which plan it is under."""
 
     def __init__(self, shape: ModelShape, plans: dict[str, VisualPlan], heads, batch: int):
-        self.model = random_model(shape, torch.float32, torch.device("cpu"), SIDE)
+        self.shape, self.model = shape, random_model(shape, torch.float32, torch.device("cpu"), SIDE)
         self.plans, self.heads, self.batch, self._current = plans, heads, batch, UNPATCHED
         generator = torch.Generator().manual_seed(0)
         image = self.model.config.image_token_id
@@ -137,32 +161,35 @@ class _Host:
 
     def turn(self, variant: str) -> dict[str, float]:
         self.switch(variant)
-        self._calls(_seconds)  # weights are cut and tables made in the first calls
-        figures = {phase: statistics.median(values) for phase, values in self._calls(_seconds).items()}
+        self._calls(_seconds, 1, 1)  # weights are cut and tables made in the first calls
+        return {phase: statistics.median(values) for phase, values in self._calls(_seconds).items()}
+
+    def parts(self, variant: str) -> dict[str, dict[str, float]]:
+        """Of one turn after those that are compared: hooks around the layers are looked at in every call."""
+        self.switch(variant)
         with _marked(self.model) as marks:
-            parts = self._calls(lambda call: _in_parts(call, marks))
-        for phase in PHASES:
-            middle = np.median(parts[phase], axis=0).tolist()
-            figures |= {f"{phase} {part}": value for part, value in zip(PARTS, middle)}
-        return figures
+            self._calls(lambda call: _in_parts(call, marks), 1, 1)
+            found = self._calls(lambda call: _in_parts(call, marks))
+        return {phase: dict(zip(PARTS, np.median(found[phase], axis=0).tolist())) for phase in PHASES}
 
     def launches(self, variant: str) -> dict[str, tuple[int, dict[str, int]]]:
+        """Of a prompt, and of its second decode step: in the first, stores grow."""
         self.switch(variant)
-        self._calls(_seconds)
-        return {phase: values[-1] for phase, values in self._calls(_launches).items()}
+        self._calls(_seconds, 1, 1)
+        return {phase: values[-1] for phase, values in self._calls(_launches, 1, 2).items()}
 
-    def _calls(self, measure) -> dict[str, list]:
+    def _calls(self, measure, prompts: int = 2, steps: int = STEPS) -> dict[str, list]:
         """`measure` of some prompts and of the decode steps after each."""
         length = self.prompt["input_ids"].shape[1]
         found: dict[str, list] = {phase: [] for phase in PHASES}
         gc.collect()
         gc.disable()
         try:
-            for _ in range(2):
+            for _ in range(prompts):
                 cache = new_cache(self.model.config.get_text_config())
                 prompt = partial(self.model, **self.prompt, past_key_values=cache)
                 found["prefill"].append(measure(prompt))
-                for step in range(length, length + STEPS):
+                for step in range(length, length + steps):
                     call = {"input_ids": self.token, "past_key_values": cache, **self._places(step, step + 1)}
                     found["decode"].append(measure(partial(self.model, **call)))
         finally:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-ROWS = (1, 4, 16, 64, 256)
+ROWS = (1, 4, 16, 64, 128, 256, 577)
 WEIGHTS = ((64, 64), (128, 128), (256, 256), (512, 512), (1024, 1024), (2048, 2048), (4096, 4096))
 _ROUND = 0.02  # seconds of a measurement, about
 

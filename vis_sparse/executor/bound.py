@@ -18,7 +18,7 @@ from torch import nn
 from ..kernels import fused, fused_operations
 from ..kernels.fused import HeadNorm, Slots
 from .rows import add_rows
-from .weights import CutLinear, is_plain, is_small, listens, product, select
+from .weights import CutLinear, by_linear, is_plain, listens, product, select
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 _LINEAR = ("query", "key", "value", "output", "gate", "up", "down")
@@ -48,7 +48,8 @@ class BoundLayer:
         heads = {"query_norm", "key_norm"} & modules.keys()
         epsilons = {vars(module)[eps] for part, (module, eps) in self._norms.items() if part in heads}
         self.turns_at_once = operations is not None and heads <= self._norms.keys() and len(epsilons) <= 1
-        self.gates_at_once = operations is not None and _is_silu(modules.get("activation"))
+        self.is_silu = _is_silu(modules.get("activation"))
+        self.gates_at_once = operations is not None and self.is_silu
         for name, cut in cuts.items():
             modules_of = cut.modules()
             plain = all(map(is_plain, modules_of))
@@ -72,8 +73,8 @@ class BoundLayer:
             query, norm = y[:, :queries], self._head_norm()
             weight, eps = (None, 0.0) if norm is None else (norm.query, norm.eps)
             return self.fused.rotate(query, cos.squeeze(1), sin.squeeze(1), weight, eps), y[:, queries:]
-        kv = y.new_empty(len(y), 2 * keys, y.shape[2])
-        return self.turned_into(y, queries, keys, cos, sin, Slots(kv[:, :keys], kv[:, keys:])), kv
+        kv = y.new_empty(len(y), 2, keys, y.shape[2])
+        return self.turned_into(y, queries, keys, cos, sin, Slots(*kv.unbind(1))), kv
 
     def turned_into(self, y: torch.Tensor, queries: int, keys: int, cos, sin, slots: Slots, with_query: bool = True):
         """As `turned`, with keys and values written into a store. Returns the queries."""
@@ -100,8 +101,9 @@ class Product:
     def add_to(self, x: torch.Tensor, start: int, h: torch.Tensor) -> torch.Tensor:
         """x, where nobody records it, with what is made of h added to its rows from `start` on."""
         weight, bias = self._tensors()
-        if bias is None and x.dtype == weight.dtype and is_small(len(h), weight):
-            rows = x[start : start + len(h)]
+        size = h.size(0)
+        if bias is None and x.dtype == weight.dtype and by_linear(size, weight):
+            rows = x if size == x.size(0) else x[start : start + size]
             torch.addmm(rows, h, weight.t(), out=rows)
             return x
         return add_rows(x, start, product(h, weight, bias))

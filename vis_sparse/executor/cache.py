@@ -141,14 +141,14 @@ class Book:
 
 
 class Store:
-    """K and V of some KV heads side by side, (batch, slots, 2 x heads, head_dim), growing in place by a quarter."""
+    """K and V of some KV heads side by side, (batch, slots, 2, heads, head_dim), growing in place by a quarter."""
 
     def __init__(self):
         self.buffer: torch.Tensor | None = None
         self.length = 0
 
-    def append(self, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add slots; returns all keys and values so far."""
+    def append(self, new: torch.Tensor) -> torch.Tensor:
+        """Add slots; returns all so far."""
         end = self.length + new.shape[1]
         if self.buffer is None:
             self.buffer = new.contiguous()  # not a view of more than there is to keep
@@ -159,7 +159,7 @@ class Store:
                 self.buffer = self._grown(end + self.length // 4)
             self.buffer[:, self.length : end] = new
         self.length = end
-        return self.tensors
+        return self.used
 
     def has_room(self) -> bool:
         """Whether the next slot may be written into the buffer, which grows for it."""
@@ -237,10 +237,9 @@ class FixedStore:
         self.buffer[:, : store.length] = store.used
         self.buffer[:, store.length :] = 0  # unused slots have no weight, but NaN would count for all that
 
-    def append(self, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the next slot; returns all keys and values, room and all."""
-        self.buffer.index_copy_(1, self.at, new)
-        return self.tensors
+    def append(self, new: torch.Tensor) -> torch.Tensor:
+        """Write the next slot; returns all, room and all."""
+        return self.buffer.index_copy_(1, self.at, new)
 
     def has_room(self) -> bool:
         return True
@@ -279,9 +278,8 @@ class FixedStore:
 
 
 def halves(kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V that lie side by side as heads, (batch, slots, 2 x heads, head_dim)."""
-    heads = kv.shape[2] // 2
-    return kv[:, :, :heads], kv[:, :, heads:]
+    """K and V that lie side by side, (..., 2, heads, head_dim)."""
+    return kv.unbind(-3)
 
 
 class Lease:

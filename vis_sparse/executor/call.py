@@ -133,16 +133,28 @@ class Call:
     def _to(self, array: np.ndarray) -> torch.Tensor:
         return on_device(array, self.device)
 
-    def split(self, hidden, cos, sin):
-        """Rows of the lanes: hidden (rows, d), cos and sign-turned sin (rows, 1, head_dim)."""
+    def sequence(self, hidden, cos, sin):
+        """The columns as rows: hidden (rows, d), cos and sign-turned sin (rows, 1, head_dim)."""
         half = sin.shape[-1] // 2
         sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
         shape = (self.batch, hidden.shape[1])
-        cos, sin = (t.expand(*shape, t.shape[-1]).flatten(0, 1) for t in (cos, sin))
-        rows = hidden.flatten(0, 1)
+        cos, sin = (t.expand(*shape, t.shape[-1]).flatten(0, 1)[:, None] for t in (cos, sin))
+        return hidden.flatten(0, 1).clone(), cos, sin
+
+    def split(self, hidden, cos, sin):
+        """As `sequence`, the rows of the lanes."""
+        rows, cos, sin = self.sequence(hidden, cos, sin)
         if self._is_plain:
-            return rows.clone(), cos[:, None], sin[:, None]
-        return (t.index_select(0, self._rows_of_sequence) for t in (rows, cos[:, None], sin[:, None]))
+            return rows, cos, sin
+        return (t.index_select(0, self._rows_of_sequence) for t in (rows, cos, sin))
+
+    def to_lanes(self, rows):
+        """Rows in the order of the sequence, where every column is a row (`order`), as lanes."""
+        return rows.index_select(0, self._row_index)
+
+    def to_sequence(self, rows):
+        """The way back."""
+        return rows.index_select(0, self.order)
 
     def merge(self, hidden, x, stopped=None):
         """Rows back to the shape of `hidden`; columns of padding, and of visual tokens that have no row, keep its
@@ -170,6 +182,17 @@ class Call:
     @cached_property
     def _visual_slots(self) -> torch.Tensor:
         return self._to(self.packing.visual_slots.ravel())
+
+    @cached_property
+    def _slot_rows(self) -> torch.Tensor:
+        text, visual = np.split(self._index, [self.num_text])
+        shapes = self._visual_shape, self._text_shape
+        own = [rows.reshape(shape) for rows, shape in zip((visual, text), shapes)]
+        return self._to(np.concatenate(own, axis=1).ravel())
+
+    def by_slot(self, rows):
+        """Rows in the order of the sequence as the call's own slots of the `seen` store, (batch, slots, ...)."""
+        return rows.index_select(0, self._slot_rows).unflatten(0, (self.batch, -1))
 
     def by_packed(self, seen):
         """Of the `seen` store's slots (batch, slots, ...), those of the packed visual rows, (num_visual, ...)."""
@@ -219,14 +242,12 @@ class Call:
         past = self._rest.column.shape[1] - self.packing.text_columns.shape[1]
         return Coordinates(*(np.concatenate([r[:, :past], o], axis=1) for r, o in zip(self._rest, own)))
 
-    def joint_attention(self, backend: Backend, query: torch.Tensor, kv: torch.Tensor, scale: float) -> torch.Tensor:
-        """Causal attention of all rows over all rows, for calls whose every column is a row; returns rows.
-
-        query (rows, heads, head_dim), kv (rows, 2 x KV heads, head_dim): keys beside values.
-        """
-        query, kv = (rows.index_select(0, self.order).unflatten(0, (self.batch, -1)) for rows in (query, kv))
-        out = backend.text_attention(query, *kv.chunk(2, 2), self._joint_pattern, scale).flatten(0, 1)
-        return out.index_select(0, self._row_index)
+    def joint_attention(self, backend: Backend, query: torch.Tensor, kv, scale: float) -> torch.Tensor:
+        """Causal attention of all rows over all rows, in the order of the sequence, for calls whose every column is a
+        row. query (rows, heads, head_dim), kv: keys and values. Returns (rows, heads x head_dim)."""
+        query, *kv = (rows.unflatten(0, (self.batch, -1)) for rows in (query, *kv))
+        out = backend.text_attention(query, *kv, self._joint_pattern, scale)
+        return out.reshape(self.batch * out.size(1), -1)
 
     @cached_property
     def _joint_pattern(self) -> TextPattern:

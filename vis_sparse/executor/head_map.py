@@ -11,11 +11,10 @@ from ..plans.schedule import LayerWork
 class HeadMap:
     """Where a layer's heads go. Units are KV heads, repeated `expand` times before they are stored.
 
-    seen: units whose visual keys are stored, with the text queries of `seen_queries`; rest: the others.
-    merge: place of every query head among seen_queries + rest_queries. blind: for each of seen_queries, whether it
-    must not read visual keys; None if all may. visual_keys: for each visual query head, its place among the visual
-    key units; None if they line up group by group. zeroed: places among the key units whose visual values count as
-    zero ("zero" semantics).
+    seen: units whose visual keys are stored, with the text queries of `seen_queries`; rest: the others. blind: for
+    each of seen_queries, whether it must not read visual keys; None if all may. visual_keys: for each visual query
+    head, its place among the visual key units; None if they line up group by group. zeroed: places among the key units
+    whose visual values count as zero ("zero" semantics).
     """
 
     expand: int
@@ -24,7 +23,6 @@ class HeadMap:
     rest: tuple[int, ...]
     seen_queries: tuple[int, ...]
     rest_queries: tuple[int, ...]
-    merge: tuple[int, ...]
     blind: tuple[bool, ...] | None
     visual_keys: tuple[int, ...] | None
     zeroed: tuple[int, ...]
@@ -41,7 +39,6 @@ def head_map(work: LayerWork, num_heads: int, num_kv_heads: int, zero: bool) -> 
     rest = tuple(unit for unit in range(num_kv_heads * expand) if unit not in seen)
     seen_queries = tuple(h for h in heads if h // per_unit in seen)
     rest_queries = tuple(h for h in heads if h // per_unit not in seen)
-    order = seen_queries + rest_queries
     readers = work.value_heads if work.reads and not zero else heads if zero else ()
     blind = tuple(h not in readers for h in seen_queries)
     places = tuple(keys.index(h // per_unit) for h in work.query_heads)
@@ -54,7 +51,6 @@ def head_map(work: LayerWork, num_heads: int, num_kv_heads: int, zero: bool) -> 
         rest,
         seen_queries,
         rest_queries,
-        tuple(order.index(h) for h in heads),
         blind if any(blind) else None,
         None if lined_up else places,
         zeroed,

@@ -8,10 +8,14 @@ each row and each column of a matrix, all of a bias. An edit of single elements 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from math import gcd
+from operator import attrgetter
 
 import torch
+from torch import nn
 
+from .bound import Bound
 from .weights import CutLinear, is_plain, records_gradients
 
 
@@ -22,9 +26,10 @@ class KeptCuts:
         self._cuts = [cut for cut in cuts if cut.copies]
         self._state: tuple | None = None
         self._print: list[torch.Tensor] = []
+        self._plain: tuple[Bound, list, list[dict]] | None = None
 
     def __getstate__(self):
-        return {"_cuts": self._cuts, "_state": None, "_print": []}
+        return {"_cuts": self._cuts, "_state": None, "_print": [], "_plain": None}
 
     @property
     def bytes(self) -> int:
@@ -35,8 +40,26 @@ class KeptCuts:
         return [tensor for cut in self._cuts for tensor in cut.kept if tensor is not None]
 
     @torch.compiler.disable
-    def refresh(self) -> None:
-        """Bring every copy up to date; none is kept of what is called whole, or while gradients are recorded for it."""
+    def refresh(self, bound: Bound | None = None) -> None:
+        """Bring every copy up to date; none is kept of what is called whole, or while gradients are recorded for it.
+
+        bound: the decoder's modules as they are now (`LaneExecutor.bound`), by which they need no second look.
+        """
+        if self._plain is None or bound is not self._plain[0] or torch.is_grad_enabled():
+            used, held = self._used()
+            self._plain = None if bound is None or torch.is_grad_enabled() else (bound, used, held)
+        else:
+            _, used, held = self._plain
+        parameters = [p for each in held for p in (each["weight"], each["bias"]) if p is not None]
+        state = (tuple(id(cut) for cut, _ in used), *map(_state_of, parameters))
+        seen = fingerprint(parameters)
+        if state != self._state or not _equal(seen, self._print):
+            for cut, found in used:
+                cut.keep(found)
+            self._state, self._print = state, seen
+
+    def _used(self) -> tuple[list[tuple[CutLinear, list[nn.Module]]], list[dict]]:
+        """The cuts that keep copies, with their modules, and those modules' parameters; others let theirs go."""
         used = []
         for cut in self._cuts:
             found = cut.modules()
@@ -45,13 +68,7 @@ class KeptCuts:
             else:
                 cut.forget()
         modules = {id(m): m for _, found in used for m in found}.values()
-        parameters = [p for m in modules for p in (m.weight, m.bias) if p is not None]
-        state = (tuple(id(cut) for cut, _ in used), *map(_state_of, parameters))
-        seen = fingerprint(parameters)
-        if state != self._state or not _equal(seen, self._print):
-            for cut, found in used:
-                cut.keep(found)
-            self._state, self._print = state, seen
+        return used, [m._parameters for m in modules]
 
     def forget(self) -> None:
         """Let all copies go; the next prompt makes them anew."""
@@ -63,10 +80,10 @@ class KeptCuts:
 def fingerprint(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """Some elements of the parameters: one tensor of bytes a dtype and device (none of the meta device)."""
     samples: dict[tuple, list[torch.Tensor]] = {}
-    for parameter in parameters:
-        if not parameter.is_meta:
-            samples.setdefault((parameter.dtype, parameter.device), []).append(_sampled(parameter.detach()))
     with torch.inference_mode(False), torch.no_grad():
+        for parameter in parameters:
+            if not parameter.is_meta:
+                samples.setdefault((parameter.dtype, parameter.device), []).append(_sampled(parameter))
         return [torch.cat(pieces).view(torch.uint8) for pieces in samples.values()]
 
 
@@ -77,11 +94,18 @@ def _sampled(x: torch.Tensor) -> torch.Tensor:
     """
     if x.dim() != 2 or x.numel() < 2:
         return x.reshape(-1)
-    rows, columns = x.shape
+    step = _step(*x.shape)
+    if x.is_contiguous():
+        return x.as_strided((-(-x.numel() // step),), (step,))
+    return x.reshape(-1)[::step]
+
+
+@lru_cache(maxsize=256)
+def _step(rows: int, columns: int) -> int:
     step = max(1, min(rows, columns - 1))
     while gcd(step, columns) > 1:
         step -= 1
-    return x.reshape(-1)[::step]
+    return step
 
 
 def _equal(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
@@ -90,6 +114,9 @@ def _equal(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> boo
     )
 
 
+_home = attrgetter("dtype", "device")
+
+
 def _state_of(parameter: torch.Tensor) -> tuple:
     version = -1 if parameter.is_inference() else parameter._version
-    return parameter.data_ptr(), version, parameter.dtype, parameter.device
+    return parameter.data_ptr(), version, _home(parameter)

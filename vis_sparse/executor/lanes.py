@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -104,10 +104,10 @@ class LaneExecutor:
         keys_values: for each layer K and V, (batch, kv_heads, slots, head_dim).
         """
         for lane, cached, (key, value) in zip(self.layers, cache_layers, keys_values):
-            pair = torch.cat([key, value], 1).transpose(1, 2).repeat_interleave(lane.heads.expand, dim=2)
-            for store, units in ((cached.seen, lane.seen), (cached.rest, lane.rest)):
+            pair = torch.stack([key, value], 1).permute(0, 3, 1, 2, 4).repeat_interleave(lane.heads.expand, dim=3)
+            for store, units in zip((cached.seen, cached.rest), lane.units):
                 if units:
-                    store.append(units(pair, 2))
+                    store.append(units(pair, 3))
 
     def run(
         self, hidden, cos, sin, call: Call | Step, cache_layers=None, collect: list | None = None, added=(), bound=None
@@ -120,15 +120,17 @@ class LaneExecutor:
         before the final norm; rows of visual tokens that no layer needs any more keep their last value.
         """
         bound = self.bound() if bound is None else bound
-        x, cos, sin = call.split(hidden, cos, sin)
-        angles = Angles.of(cos, sin, call.num_text)
+        x, angles = self.layers[0].rows(call, hidden, cos, sin)
         # passed: where tokens left, all visual rows before and which of them went on
         whole, stopped, passed, recording = call, None, [], torch.is_grad_enabled()
         traced = torch.compiler.is_compiling() or RECORDS.get()
         in_place = not (recording or traced or autocasts(x.device))
         for index, (lane, parts) in enumerate(zip(self.layers, bound.layers)):
             if collect is not None:
-                collect.append(_merged(whole, hidden, x, stopped, passed).clone())
+                collect.append(_merged(whole, hidden, x, angles, call, stopped, passed).clone())
+            if angles.in_sequence != lane.takes_sequence(call):
+                turn, angles = _other_order(angles, call)
+                x = turn(x)
             if index == self.last_use + 1:
                 x, stopped = x[: call.num_text], x[call.num_text :]
             cached = cache_layers[index] if cache_layers else None
@@ -137,6 +139,9 @@ class LaneExecutor:
                 x, scores = checkpoint(_on_a_copy, lane, x, call, angles, parts, use_reentrant=False)
             else:
                 x, scores = lane(x, call, angles, parts, stores, in_place)
+            if angles.in_sequence and not (lane.keeps_sequence and lane.work.tokens is None and index >= len(added)):
+                turn, angles = _other_order(angles, call)
+                x = turn(x) if lane.keeps_sequence else x
             if index < len(added) and x.shape[0] > call.num_text:
                 rows = added[index]
                 for _, kept in passed:
@@ -151,10 +156,10 @@ class LaneExecutor:
                 if call.in_sequence.num_visual:
                     rows = on_device(np.concatenate([np.arange(call.num_text), call.num_text + kept]), x.device)
                     passed.append((x[call.num_text :], rows[call.num_text :] - call.num_text))
-                    x, cos, sin = (t.index_select(0, rows) for t in (x, cos, sin))
-                    angles = Angles.of(cos, sin, call.num_text)
+                    x, *turns = (t.index_select(0, rows) for t in (x, *angles.rows))
+                    angles = Angles.of(*turns, call.num_text)
                 call = following
-        return _merged(whole, hidden, x, stopped, passed)
+        return _merged(whole, hidden, x, angles, call, stopped, passed)
 
     def _kept(self, index: int, x: torch.Tensor, scores: torch.Tensor | None, call: Call) -> np.ndarray:
         """The packed visual rows that go on after layer `index`."""
@@ -176,11 +181,21 @@ def _on_a_copy(lane: LaneLayer, x: torch.Tensor, call: Call, angles: Angles, par
     return lane(x if x.requires_grad else x.clone(), call, angles, parts, (Store(), Store()))
 
 
-def _merged(call: Call, hidden, x, stopped, passed) -> torch.Tensor:
-    """The lanes' rows in the shape of `hidden`; rows that left have the value they had then."""
+def _other_order(angles: Angles, call: Call) -> tuple[Callable[[torch.Tensor], torch.Tensor], Angles]:
+    """What puts rows in the order of the sequence into that of the lanes, or the other way round; and the angles."""
+    turn = call.to_lanes if angles.in_sequence else call.to_sequence
+    return turn, Angles.of(*map(turn, angles.rows), call.num_text, not angles.in_sequence)
+
+
+def _merged(whole: Call, hidden, x, angles: Angles, call: Call, stopped, passed) -> torch.Tensor:
+    """The rows of `call`, which began as `whole`, in the shape of `hidden`; rows that left have the value they had
+    then."""
+    if angles.in_sequence and call is whole:
+        return x.view(hidden.shape)
+    x = call.to_lanes(x) if angles.in_sequence else x
     if passed:
-        x, rows = x[: call.num_text], x[call.num_text :] if stopped is None else stopped
+        x, rows = x[: whole.num_text], x[whole.num_text :] if stopped is None else stopped
         for before, kept in reversed(passed):
             rows = before.index_copy(0, kept, rows)
         stopped = rows
-    return call.merge(hidden, x, stopped)
+    return whole.merge(hidden, x, stopped)

@@ -18,8 +18,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 def rotate_into(out: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """`rotate`, written to `out`, which may be x itself."""
-    width = cos.shape[-1]
-    if width < x.shape[-1]:
+    width = cos.size(-1)
+    if width < x.size(-1):
         if out.data_ptr() != x.data_ptr():
             out[..., width:] = x[..., width:]
         out, x = out[..., :width], x[..., :width]

@@ -9,19 +9,32 @@ Whether a kept copy is still what the parameters say is decided in `kept_cuts.py
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import lru_cache
-from math import prod
+from itertools import islice
+from math import inf, prod
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-# Multiply-adds from which oneDNN's product is ahead of `linear`: it costs 10 us or more whatever it multiplies
-# (docs/speed.md has the measurement; `python -m vis_sparse.eval.bench_products` makes it).
-_ONE_DNN_FROM = 2**20
+
+def _is_intel() -> bool:
+    """Whether the processor is Intel's: MKL, which is `linear` on x86, has routines that only those get."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return any("GenuineIntel" in line for line in islice(lines, 8))
+    except OSError:
+        return "Intel" in platform.processor()
+
+
+# Multiply-adds from which oneDNN's product is ahead of `linear` (it costs 10 us or more whatever it multiplies), the
+# least weights and the most rows: on its maker's processors MKL is ahead with less and with more. docs/speed.md has the
+# measurements; `python -m vis_sparse.eval.bench_products` makes them.
+_ONE_DNN_FROM, _ONE_DNN_WEIGHTS, _ONE_DNN_ROWS = (2**23, 2**20, 128) if _is_intel() else (2**20, 0, inf)
 _MIN_ROWS = 16  # of products that oneDNN may not run, from which the operands' order counts
 # Whether this context traces what a compiler gets, which takes oneDNN's operation for constant weights alone.
 RECORDS: ContextVar[bool] = ContextVar("vis_sparse_records", default=False)
@@ -31,13 +44,13 @@ _ONE_DNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backend
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x @ weight.T + bias` for x (rows, in) and weight (out, in), by the routine that is fastest on the device.
 
-    On a CPU in fp32 that is oneDNN's for large products, where it may be used (1 to 3.5 times as fast as `linear`, most
-    at 4 to 16 rows); where it may not, `weight @ x.T` beats `x @ weight.T` in MKL while there are few rows (it blocks
-    over the long side of the result: 1.1 to 1.2 times at 64 rows, 1.07 at 576, width 4096), and the result (rows, out)
-    is laid out column by column.
+    On a CPU in fp32 that is oneDNN's for large products of not too many rows (`by_linear`), where it may be used; where
+    it may not, `weight @ x.T` beats `x @ weight.T` in MKL while there are few rows (it blocks over the long side of the
+    result: 1.1 to 1.2 times at 64 rows, 1.07 at 576, width 4096), and the result (rows, out) is laid out column by
+    column.
     """
     rows = x.shape[0]
-    if rows * weight.numel() < _ONE_DNN_FROM or x.device.type != "cpu" or x.dtype != torch.float32:
+    if by_linear(rows, weight) or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
     if _suits_one_dnn(x, weight):
         return _ONE_DNN(x, weight, bias, "none", [], "")
@@ -47,9 +60,15 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     return out if bias is None else out + bias
 
 
-def is_small(rows: int, weight: torch.Tensor) -> bool:
-    """Whether a product is `linear`'s wherever it runs."""
-    return rows * weight.numel() < _ONE_DNN_FROM or weight.device.type != "cpu" or weight.dtype != torch.float32
+def by_linear(rows: int, weight: torch.Tensor) -> bool:
+    """Whether a product is `linear`'s, by its size and by where it runs."""
+    return (
+        rows * weight.numel() < _ONE_DNN_FROM
+        or weight.numel() < _ONE_DNN_WEIGHTS
+        or rows > _ONE_DNN_ROWS
+        or weight.device.type != "cpu"
+        or weight.dtype != torch.float32
+    )
 
 
 def _suits_one_dnn(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -212,6 +231,9 @@ class CutLinear:
     def tensors(self, modules: Sequence[nn.Module]) -> Callable[[], tuple[torch.Tensor, torch.Tensor | None]]:
         """What gives the cut weight and bias of plain `modules` as they are now."""
 
+        if len(modules) == 1 and not self.copies:
+            return lambda: self._view(*tensors(modules[0]))
+
         def found():
             kept = self._kept
             return self._cut(modules) if kept is None or records_gradients(modules) else kept
@@ -241,11 +263,16 @@ class CutLinear:
         """Bytes of the kept copy."""
         return sum(t.numel() * t.element_size() for t in self.kept if t is not None)
 
+    def _view(self, weight, bias):
+        if self._columns is not None:
+            return self._columns(weight, 1), bias
+        (rows,) = self._rows
+        return rows(weight, 0), None if bias is None else rows(bias, 0)
+
     def _cut(self, modules):
         if self._columns is not None:
             (module,) = modules
-            weight, bias = tensors(module)
-            return self._columns(weight, 1), bias
+            return self._view(*tensors(module))
         weights, biases = zip(*map(tensors, modules))
         if all(bias is None for bias in biases):
             bias = None

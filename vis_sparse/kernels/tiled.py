@@ -51,16 +51,16 @@ def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _attention(query, key, value, bias: torch.Tensor | None, causal: bool, scale: float) -> torch.Tensor:
-    heads, kv_heads = query.shape[2], key.shape[2]
-    if query.shape[1] == 1 and heads != kv_heads:
+    (batch, queries, heads, width), kv_heads = query.shape, key.size(2)
+    if queries == 1 and heads != kv_heads:
         # one query a head: the heads of a group are the rows of one product, and no key is copied for each
-        grouped = query.unflatten(2, (kv_heads, heads // kv_heads)).squeeze(1)
+        grouped = query.view(batch, kv_heads, heads // kv_heads, width)
         if bias is not None and bias.shape[1] > 1:
             bias = bias.unflatten(1, (kv_heads, heads // kv_heads)).squeeze(3)
         out = F.scaled_dot_product_attention(
             grouped, key.transpose(1, 2), value.transpose(1, 2), attn_mask=bias, scale=scale
         )
-        return out.flatten(1, 2)[:, None]
+        return out.reshape(batch, 1, heads, -1)
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),

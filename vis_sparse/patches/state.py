@@ -234,7 +234,7 @@ class PatchState:
         if cache is not None and executor.checkpoints:
             raise PatchError(f"{CACHE}: got a cache under gradient checkpointing, expected none")
         if layout.segments:
-            executor.kept_cuts.refresh()
+            executor.kept_cuts.refresh(bound)
         check_mask(attention_mask, past + length)
         is_step = in_lanes and past > 0 and length == 1 and not layout.segments
         mask = attention_mask if is_step else host_mask(attention_mask)
