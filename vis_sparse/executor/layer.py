@@ -84,11 +84,7 @@ class LaneLayer:
         }
         # all rows read the same keys in the same heads: one causal attention over the whole sequence
         self.is_joint = (
-            self.shares_all
-            and work.attention == "full"
-            and heads.blind is None
-            and not heads.zeroed
-            and not heads.rest
+            self.shares_all and work.attention == "full" and heads.blind is None and not heads.zeroed and not heads.rest
         )
 
     @property
