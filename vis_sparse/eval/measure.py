@@ -55,7 +55,7 @@ class Measurement:
         self.model, self.inputs, self.heads, self.compiler, self.graphs = model, dict(inputs), heads, compiler, graphs
         self._small = self.inputs if small is None else dict(small)
         self._text_model, self._device = model.model.language_model, model.device
-        self._current, self._plain_forward = None, None
+        self._current, self._stood = None, []
         self.layout = read_layout(model, self.inputs)
         self._image_size, self._shape = image_size, shape_of(model)
         self.labels = tuple(plans)
@@ -109,8 +109,7 @@ class Measurement:
     def _switch(self, variant: str) -> None:
         if variant == self._current:
             return
-        if self._plain_forward is not None:
-            self._text_model.forward, self._plain_forward = self._plain_forward, None
+        self._uncompile()
         if variant == UNPATCHED:
             vis_sparse.unpatch(self.model)
         else:
@@ -122,10 +121,18 @@ class Measurement:
         graph."""
         torch._dynamo.reset()
         if self.compiler:
-            self._plain_forward = self._text_model.forward
-            self._text_model.forward = torch.compile(self._plain_forward, backend=self.compiler)
+            self._stood = [vars(self._text_model).get("forward")]
+            self._text_model.forward = torch.compile(self._text_model.forward, backend=self.compiler)
         for _ in range(COMPILED_WARM_UPS):
             self._seconds(decode)
+
+    def _uncompile(self) -> None:
+        """What stood in the place of the compiled forward, if anything did."""
+        for stood in self._stood:
+            del self._text_model.forward
+            if stood is not None:
+                self._text_model.forward = stood
+        self._stood = []
 
     def _prefill(self, inputs: dict[str, Tensor]):
         return self.model(**inputs, use_cache=True, logits_to_keep=1)[CACHE]
