@@ -91,8 +91,8 @@ def test_every_family_that_is_described_builds(tmp_path):
     """Of those whose config a shape does not tell, from a folder."""
     text = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, vocab_size=100,
                 num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)  # fmt: skip
-    qwen = dict(depth=4, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, num_position_embeddings=16,
-                deepstack_visual_indexes=[0, 2, 3])  # fmt: skip
+    qwen = dict(depth=4, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64,
+                num_position_embeddings=16, deepstack_visual_indexes=[0, 2, 3])  # fmt: skip
     clip = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=12, num_attention_heads=2, image_size=56,
                 patch_size=14)  # fmt: skip
     one = dict(clip, model_type="siglip_vision_model")

@@ -16,11 +16,13 @@ import vis_sparse
 
 from ..calibration.profiles import Target
 from ..cost.shape_lookup import shape_of
+from ..cost.shapes import ModelShape
 from ..layout.layout import VisualLayout
 from ..patches.calibrated import checked_calibration
-from ..plans.budgets import resolve_heads
+from ..plans.budgets import resolve_heads, resolve_tower
 from ..plans.files import as_plan
 from ..plans.plan import VisualPlan
+from ..plans.scores import Calibration
 from .layer_work import layer_work
 from .measure import Measurement
 from .timing import machine_facts
@@ -30,7 +32,7 @@ from .tiny.dialogs import questions
 from .tiny.families import FAMILIES, grid_of, kinds_of
 from .tiny.score import answers, prepared
 
-PLANS = ("auto", "yopo-25", "yopo-12")
+PLANS, OF_THE_TOWER = ("auto", "yopo-25", "yopo-12"), "whole-50"
 DENSE, BLIND = "dense", "blind"
 BATCH = 25  # questions answered at once
 TIMED, REPEATS = 16, 15  # questions in the timed prompt, and turns
@@ -48,7 +50,8 @@ def run_demo(
 
     num_questions: in all, spread evenly over the kinds of question. family_name: of `tiny.families`.
     on_step(done, total): called after each batch of answers and each timed turn. calibration: file that says which
-    heads and neurons budgets keep; None: the shipped one.
+    heads and neurons budgets keep; None: the shipped one. The plan for the vision tower too is asked where it has
+    measured one.
     """
     family, folder = FAMILIES[family_name], checkpoint(family_name)
     model = family.MODEL.from_pretrained(folder, dtype=torch.float32).eval()
@@ -58,10 +61,8 @@ def run_demo(
     calibration = checked_calibration(
         calibration or folder / "heads.safetensors", model, target.text_model, target.decoder
     )
-    plans = {
-        name: resolve_heads(as_plan(name, shape.layers), shape.heads, shape.kv_heads, calibration=calibration)
-        for name in PLANS
-    }
+    names = PLANS if calibration.tower is None else (*PLANS, OF_THE_TOWER)
+    plans = {name: _resolved(name, shape, calibration) for name in names}
     variants = {DENSE: VisualPlan.dense(shape.layers), **plans, BLIND: VisualPlan.vtw(shape.layers, 0)}
     kinds = kinds_of(family)
     per_kind = max(1, num_questions // len(kinds))
@@ -128,6 +129,12 @@ def run_demo(
         ],
         **machine_facts(model.device),
     }
+
+
+def _resolved(name: str, shape: ModelShape, calibration: Calibration) -> VisualPlan:
+    plan = resolve_heads(as_plan(name, shape.layers), shape.heads, shape.kv_heads, calibration=calibration)
+    vision = shape.vision
+    return resolve_tower(plan, vision.layers, vision.heads, vision.ffn, None, calibration.tower)
 
 
 def _costs(name: str, figures: dict[str, dict], batch: int) -> dict:

@@ -41,7 +41,7 @@ def _head(results: dict) -> str:
 <p class="brand">vis_sparse demo</p>
 <h1>Every visual token stays.<br>Its computation need not.</h1>
 <p>A {model["name"]} of {model["parameters"] / 1e6:.1f} million parameters, {model["layers"]} decoder layers
-and {tokens} visual tokens an image answers {asked} held-out questions: unpatched (<b>dense</b>), and under three plans
+and {tokens} visual tokens an image answers {asked} held-out questions: unpatched (<b>dense</b>), and under plans
 for what its visual tokens compute. No plan was trained for. Under <b>auto</b>, the default:</p>
 <dl class="facts">{tiles}</dl>
 </header>"""
@@ -198,6 +198,6 @@ def _how(results: dict) -> str:
 {escape(machine["cpu"])}, {machine["threads"]} threads, device {escape(machine["device"])}; vis_sparse
 {versions["vis_sparse"]}, torch {versions["torch"]}, transformers {versions["transformers"]},
 Python {versions["python"]}. FLOPs count a multiply-add as two. The prefill is vision tower, projector, decoder
-and LM head; all but the decoder are the same under these plans. Where a plan keeps only some heads, they are those
+and LM head; the tower is unpatched but under whole plans. Where a plan keeps only some heads, they are those
 with the highest scores of a calibration, shipped with the checkpoint.</p>
 </section>"""

@@ -33,8 +33,9 @@ def draw_bench(console: Console, results: list[dict]) -> None:
     """The whole prefill, the decoder's part and, if it was measured, a decode step, from the objects of `bench`."""
     first = results[0]
     console.print(
-        f"{first['model']}, {first['layers']} decoder layers and {first['tower_layers']} of the vision tower, "
-        f"{first['dtype']}, batch {first['batch']}, {first['visual_tokens']} visual + {first['text_tokens']} text tokens"
+        f"{first['model']}, {first['layers']} layers of the decoder and {first['tower_layers']} of the vision tower, "
+        f"{first['dtype']}, batch {first['batch']}, {first['visual_tokens']} visual + {first['text_tokens']} text "
+        "tokens a sample"
     )
     console.print(_bench_table("\nPrefill, pixels to logits", results, ""))
     console.print(_bench_table("\nThe decoder in it", results, "decoder_"))

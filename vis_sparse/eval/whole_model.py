@@ -48,7 +48,7 @@ def whole_config(model: str, layers: int) -> tuple[PreTrainedConfig, ModelShape]
 
 
 def config_of(shape: ModelShape) -> PreTrainedConfig:
-    """What `shape_of_config` reads a shipped shape from. The text model is Llama, or Qwen2 with biases on Q, K and V."""
+    """What `shape_of_config` reads a shipped shape from. Text models are Llama, or Qwen2 with biases on Q, K and V."""
     vision, rule = shape.vision, shape.image
     sizes = decoder_sizes(shape) | {"vocab_size": shape.vocab, "max_position_embeddings": 1 << 20}
     sizes |= {"pad_token_id": _IDS["pad"], "bos_token_id": None, "eos_token_id": None}
