@@ -106,12 +106,11 @@ def _qwen_tower(shape: ModelShape) -> dict:
 def _shallower(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     """The config with `layers` decoder layers, and of the vision tower's its first ones, as large a share."""
     data = config.to_dict()
-    text = next((data[name] for name in ("text_config", "llm_config") if name in data), data)
+    text, vision = data["text_config"], data["vision_config"]
     share = layers / text["num_hidden_layers"]
     text["num_hidden_layers"] = layers
     if text.get("layer_types"):
         text["layer_types"] = (text["layer_types"] * -(-layers // len(text["layer_types"])))[:layers]
-    vision = data["vision_config"]
     depth = "depth" if "depth" in vision else "num_hidden_layers"
     vision[depth] = max(_fewest(data), round(vision[depth] * share))
     for indices in ("fullatt_block_indexes", "deepstack_visual_indexes"):
