@@ -26,6 +26,7 @@ from vis_sparse.eval.tiny.families import FAMILIES
 from vis_sparse.eval.tiny.score import prepared
 from vis_sparse.plans.budgets import resolve_heads
 
+TOWERS_MEASURED = ("llava", "qwen2_vl")  # by the calibrations that come with the models
 KINDS = {"easy_vqa", "place", "count", "exists"}
 
 
@@ -38,17 +39,20 @@ def results(request):
 
 
 def test_figures_are_complete_and_consistent(results):
-    assert [row["plan"] for row in results["plans"]] == ["dense", "auto", "yopo-25", "yopo-12", "whole-50"]
+    plans = ["dense", "auto", "yopo-25", "yopo-12"]
+    of_tower = ["whole-50"] if results["model"]["family"] in TOWERS_MEASURED else []
+    assert [row["plan"] for row in results["plans"]] == plans + of_tower
     assert results["questions"] == dict.fromkeys(results["questions"], 2) and set(results["questions"]) == KINDS
     dense = results["plans"][0]
     assert dense["same_as_dense"] == dense["speedup"] == dense["decoder_speedup"] == 1
-    *of_decoder, whole = results["plans"]
+    of_decoder = results["plans"][:4]
     for row, cheaper in zip(of_decoder, of_decoder[1:], strict=False):
         for cost in ("flops_visual", "flops", "decoder_flops", "kv_bytes"):
             keeps_every_read = cost == "kv_bytes" and cheaper["plan"] == "auto"
             assert row[cost] == cheaper[cost] if keeps_every_read else row[cost] > cheaper[cost]
     outside = {row["plan"]: row["flops"] - row["decoder_flops"] for row in results["plans"]}
-    assert 0 < outside["whole-50"] < outside["dense"] == outside["yopo-12"], "all but the tower's plan leave it alone"
+    assert outside["dense"] == outside["yopo-12"] > 0
+    assert all(0 < outside[name] < outside["dense"] for name in of_tower), "the others leave the tower alone"
     for row in results["plans"]:
         assert row["prefill_s"] > row["decoder_prefill_s"] > 0
         assert set(row["accuracy"]) == KINDS
