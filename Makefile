@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BENCH ?= --model llava-1.5-7b --layers 8 --plan dense,auto,yopo-25,yopo-12 --decode
+BENCH ?= --model llava-1.5-7b --layers 8 --plan dense,auto,yopo-25,yopo-12,whole-50 --decode
 DEMO ?=
 FAMILY ?= llava
 RESULTS ?=
@@ -46,7 +46,7 @@ help:
 	@echo "make package  sdist and wheel into dist/, each installed in an environment of its own and tried there"
 	@echo "make docs    the documentation as a site in site/; a broken link fails"
 	@echo "make figures  the pictures of README and docs, drawn again from the plans"
-	@echo "make bench   time of a prefill and a decode step at the width of LLaVA-1.5-7B (8 layers, 6.5 GB of weights)"
+	@echo "make bench   time of a prefill, pixels to logits, and a decode step at the width of LLaVA-1.5-7B (8 layers, 7.5 GB)"
 	@echo "make gpu     on a GPU, with the Python there: tests, ceilings, kernels, whole models, in 9 minutes; GPU=--dry tries it"
 	@echo "make results  every plan and its peers through lmms-eval on the shipped models: the tables of docs/results.md"
 	@echo "make tiny    train the tiny LLaVA again from nothing (under 90 minutes on 2 cores), or another: FAMILY=qwen2_vl, internvl, smol"

@@ -65,19 +65,21 @@ def parameters(shape):
     attention = shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
     decoder = shape.layers * (attention + 3 * shape.hidden * shape.ffn) + shape.vocab * shape.hidden
     vision = shape.vision
-    return decoder / 1e9, vision.layers * vision.hidden * (4 * vision.hidden + 2 * vision.ffn) / 1e9
+    matrices = 3 if vision.gated else 2
+    return decoder / 1e9, vision.layers * vision.hidden * (4 * vision.hidden + matrices * vision.ffn) / 1e9
 
 
 @pytest.mark.parametrize(
     ("name", "decoder", "vision"),
     [
-        # Vicuna, Qwen2, Phi-3 mini, InternLM2.5 7B and InternLM2 20B less their LM heads; CLIP ViT-L, Qwen2-VL's ViT,
+        # Vicuna, Qwen2, Phi-3 mini, InternLM2.5 7B and InternLM2 20B less their LM heads; CLIP ViT-L, Qwen's ViTs,
         # InternViT 300M and 6B: sizes as published, in billions
         ("llava-1.5-7b", 6.61, 0.30),
         ("llava-1.5-13b", 12.85, 0.30),
         ("llava-next-7b", 6.61, 0.30),
         ("qwen2-vl-2b", 1.54, 0.63),
         ("qwen2-vl-7b", 7.07, 0.63),
+        ("qwen2.5-vl-7b", 7.07, 0.63),
         ("internvl2-4b", 3.72, 0.30),
         ("internvl2-8b", 7.36, 0.30),
         ("internvl2-26b", 19.29, 5.53),

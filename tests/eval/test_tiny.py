@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections import Counter
 from dataclasses import replace
 
@@ -21,6 +22,8 @@ from vis_sparse.eval.tiny.words import UNK
 from vis_sparse.patches import read_layout
 
 from ..marks import slow_but
+
+TOWERS_MEASURED = ("llava", "qwen2_vl")  # by the calibrations that come with the models
 
 # Well below what the logs of the shipped checkpoints say, and far above a model that sees nothing.
 FLOORS = {
@@ -280,6 +283,23 @@ def test_the_dense_plan_is_the_model(family, processor, model):
             assert vis_sparse.inspect(model)["last_call"].layout == read_layout(model, largest)
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(logits[real], expected[real], rtol=1e-5, atol=1e-4)  # logits of up to 20
+
+
+@pytest.mark.parametrize("plan", ["whole-50", "whole-25"])
+def test_plans_for_the_tower_too_need_nothing_but_the_shipped_scores(family, processor, model, plan):
+    if family.NAME not in TOWERS_MEASURED:
+        pytest.skip("its scores are of the decoder alone")
+    asked = questions("place", 2, sizes=family.SIZES[-1:])
+    scores = checkpoint(family.NAME) / "heads.safetensors"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with vis_sparse.patched(model, plan, calibration=scores):
+            layers = vis_sparse.inspect(model)["plan"].tower.layers
+            given = answers(model, processor, asked)
+    neurons = model.config.vision_config.to_dict()
+    size = neurons.get("intermediate_size") or int(neurons["embed_dim"] * neurons["mlp_ratio"])
+    assert len(layers[-1].ffn) == size // 2 and layers[-1].attention.stride == 16
+    assert all(given)
 
 
 def test_answers_are_words(family, processor, model):

@@ -22,7 +22,10 @@ def bench_command(
     layers: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Decoder layers to build.", callback=count, show_default="8; with --host, the model's"
+            min=1,
+            help="Decoder layers to build, and the same share of the vision tower's.",
+            callback=count,
+            show_default="8; with --host, the model's",
         ),
     ] = None,
     plan: Annotated[str, typer.Option("--plan", metavar="A,B,...", help="Plans (names or files).")] = "yopo-12",
@@ -32,8 +35,8 @@ def bench_command(
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES) + ".")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every variant once.")] = 5,
-    decode: Annotated[bool, typer.Option("--decode", help="Also time a decode step after the prompt.")] = False,
-    compiled: Annotated[bool, typer.Option("--compile", help="Time all variants under torch.compile.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Also time the decoder in a step after the prompt.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="All variants' decoders under torch.compile.")] = False,
     graphs: Annotated[bool, typer.Option("--graphs", help="Patched models run as graphs.")] = False,
     with_peers: Annotated[
         bool, typer.Option("--peers", help="`generate` on Qwen2.5-VL beside what else can be installed, instead.")
@@ -70,8 +73,8 @@ def bench_command(
     """Time plans against the unpatched model, at full width with random weights; `kernels`: attention alone.
 
     The unpatched model, the dense plan and each plan run in turns (with --compile or --graphs one after the other).
-    Timed is the decoder on input embeddings; with --train a step of training, forward and backward apart. The JSON is
-    one object for one plan, a list of objects for several.
+    Timed is the whole prefill, from pixels to logits, and the decoder's part of it; with --train a step of training of
+    the decoder, forward and backward apart. The JSON is one object for one plan, a list of objects for several.
     """
     if context.invoked_subcommand is not None:
         return

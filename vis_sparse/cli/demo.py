@@ -1,4 +1,4 @@
-"""`vis-sparse demo`: a shipped tiny model on held-out images, dense and under three plans."""
+"""`vis-sparse demo`: a shipped tiny model on held-out images, dense and under plans."""
 
 from __future__ import annotations
 

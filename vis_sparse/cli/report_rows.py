@@ -21,8 +21,10 @@ FIELDS: dict[str, dict] = {
         **dict.fromkeys(("stderr", "same_as_dense", "gflops", "kv_mib", "latency_ms", "speedup"), ...),
     },
     "bench": {
-        **_SETTING, **_FACTS, "plan": str, "batch": int, "spread": {"dense_s": _SPREAD, "patched_s": _SPREAD},
+        **_SETTING, **_FACTS, "plan": str, "batch": int, "tower_layers": int,
+        "spread": {"dense_s": _SPREAD, "patched_s": _SPREAD},
         **dict.fromkeys(("dense_s", "patched_s", "speedup", "flop_ratio", "efficiency", "efficiency_vs_dense_plan",
+                         "decoder_dense_s", "decoder_patched_s", "decoder_speedup",
                          "kv_bytes", "kv_bytes_dense", "peak_bytes", "peak_bytes_dense"), float),
     },
     "peers": {**_SETTING, **_FACTS, "peer": str, "new_tokens": int},

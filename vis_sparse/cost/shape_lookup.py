@@ -53,7 +53,7 @@ def as_shape(source) -> ModelShape:
 
 def _from_yaml(path: Path) -> ModelShape:
     data = yaml.safe_load(path.read_text())
-    vision = VisionShape(**data.pop("vision"))
+    vision = VisionShape(**{name: frozen(value) for name, value in data.pop("vision").items()})
     projector = tuple(tuple(matrix) for matrix in data.pop("projector"))
     image = _rule(IMAGE_RULES, **data.pop("image"))
     video = _rule(VIDEO_RULES, **data.pop("video")) if "video" in data else None

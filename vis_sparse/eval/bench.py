@@ -29,33 +29,36 @@ def bench(
     """Figures of every plan, in the order given: the JSON objects of the command.
 
     model: a shipped shape or a checkpoint folder (for its sizes; the weights are random). plans: names or YAML files.
-    layers: decoder layers that are built; plans are resolved for that depth. image_size: (height, width) in pixels.
-    compiler: backend of torch.compile for all variants, which then run one after the other; None: eager, in turns.
+    layers: decoder layers that are built, and the same share of the vision tower's; plans are resolved for those
+    depths. image_size: (height, width) in pixels. compiler: backend of torch.compile for the decoder of all variants,
+    which then run one after the other; None: eager, in turns.
     graphs: patched variants run as graphs, one variant after the other too.
     calibration: file that says which heads and neurons budgets keep, of a model of this depth; None: the first ones.
     on_turn(done, total): called after each timed turn. Raises PlanError or ShapeError before anything is built.
     """
-    import dataclasses
-
     import torch
 
-    from ..cost.shape_lookup import load_shape
     from ..plans.files import shown_names
-    from .bench_model import image_layout, random_embeddings, random_model
     from .measure import Measurement
     from .timing import machine_facts
+    from .whole_model import image_prompt, whole_config, whole_model
 
-    shape, names = dataclasses.replace(load_shape(model), layers=layers), shown_names(plans)
-    layout = image_layout(shape, batch, text_tokens, image_size)
-    place = {"dtype": getattr(torch, dtype), "device": torch.device(device)}
+    config, shape = whole_config(model, layers)
+    names = shown_names(plans)
+    resolved_plans = {name: resolved(plan, shape, calibration) for plan, name in names.items()}
+    image_size = image_size or shape.image.default_size
+    shape.image.encode(*image_size)  # refused before anything is built
+    place = torch.device(device)
+    built = whole_model(config, getattr(torch, dtype), place)
     measurement = Measurement(
-        random_model(shape, **place),
-        random_embeddings(shape, layout, text_tokens, **place),
-        layout,
-        {name: resolved(plan, shape, calibration) for plan, name in names.items()},
+        built,
+        image_prompt(built, shape, batch, text_tokens, image_size),
+        image_size,
+        resolved_plans,
         heads="first",
         compiler=compiler,
         graphs=graphs,
+        small=image_prompt(built, shape, 1, 2, (1, 1)),
     )
     total, done = repeats * len(measurement.variants), 0
 
@@ -69,16 +72,18 @@ def bench(
     setting = {
         "model": shape.name,
         "layers": layers,
+        "tower_layers": shape.vision.layers,
         "batch": batch,
-        "visual_tokens": layout.num_visual // batch,
+        "image_size": list(image_size),
+        "visual_tokens": measurement.layout.num_visual // batch,
         "text_tokens": text_tokens,
         "dtype": dtype,
         "repeats": repeats,
         "compiler": compiler,
         "graphs": graphs,
-        "timed": "decoder layers and final norm on input embeddings; no vision tower, projector or LM head",
+        "timed": "the whole prefill, pixels to logits of the last row, and in it the decoder from embeddings to norm",
     }
-    facts = machine_facts(place["device"])
+    facts = machine_facts(place)
     return [{"plan": name, **setting, **figures[name], **facts} for name in names.values()]
 
 

@@ -62,7 +62,7 @@ def decoder_sizes(shape: ModelShape) -> dict[str, int]:
 def fill_randomly(model: torch.nn.Module, generator: torch.Generator) -> None:
     """Uniform weights, and norms of 1."""
     for name, weight in model.named_parameters():
-        if name.endswith("norm.weight"):
+        if "norm" in name and name.endswith("weight"):
             weight.fill_(1)
         else:
             weight.uniform_(-WEIGHT_RANGE, WEIGHT_RANGE, generator=generator)

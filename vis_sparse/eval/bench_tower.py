@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ def _qwen(depth: int):
 TOWERS: dict[str, Callable] = {"clip-l-336": _clip, "qwen2-vl-1080p": _qwen}
 
 
-def _calls(kind, tower, rows: TowerRows, depth: int) -> dict[str, Callable[[], torch.Tensor]]:
+def _calls(kind, tower, rows: TowerRows, depth: int, plans: Sequence[str]) -> dict[str, Callable[[], torch.Tensor]]:
     read, blocks = read_tower(kind, tower), blocks_of(kind, tower)
     width = read.num_heads * read.head_dim
     hidden = torch.randn(len(rows.y), width, generator=torch.Generator().manual_seed(0))
@@ -81,7 +81,8 @@ def _calls(kind, tower, rows: TowerRows, depth: int) -> dict[str, Callable[[], t
         return x
 
     calls = {"unpatched": unpatched}
-    for name, layer in PLANS.items():
+    for name in plans:
+        layer = PLANS[name]
         executor = TowerExecutor(read, VisualPlan((layer,) * depth, "tower"), get_backend("torch"))
         executor.kept_cuts.refresh()
         calls[name] = lambda executor=executor: under(executor)
@@ -89,11 +90,14 @@ def _calls(kind, tower, rows: TowerRows, depth: int) -> dict[str, Callable[[], t
 
 
 @torch.no_grad()
-def measure(name: str, depth: int, rounds: int) -> list[tuple[str, float, float, float]]:
-    """(plan, seconds of the fastest round, times as fast as the dense plan, times fewer FLOPs) of every plan."""
+def measure(
+    name: str, depth: int, rounds: int, plans: Sequence[str] = tuple(PLANS)
+) -> list[tuple[str, float, float, float]]:
+    """(plan, seconds, median over rounds, times as fast as the dense plan, times fewer FLOPs) of the unpatched layers
+    and of `plans`, the dense one among them."""
     kind, tower, rows, model, grids = TOWERS[name](depth)
     fill_randomly(tower.eval(), torch.Generator().manual_seed(0))
-    calls = _calls(kind, tower, rows, depth)
+    calls = _calls(kind, tower, rows, depth, plans)
     for call in calls.values():  # tables and caches
         call()
 
@@ -121,11 +125,13 @@ def main() -> None:
     parser.add_argument("--towers", default=",".join(TOWERS))
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--plans", default=";".join(PLANS), help="with ; between them")
     given = parser.parse_args()
     torch.set_num_threads(1)
     print("| tower | plan | s | faster | fewer FLOPs | efficiency |\n| --- | --- | --- | --- | --- | --- |")
     for name in given.towers.split(","):
-        for plan, seconds, faster, fewer in measure(name, given.layers, given.rounds):
+        plans = dict.fromkeys(["dense", *given.plans.split(";")])
+        for plan, seconds, faster, fewer in measure(name, given.layers, given.rounds, tuple(plans)):
             cells = f"{seconds:.3f}", f"{faster:.2f}x", f"{fewer:.2f}x", f"{faster / fewer:.2f}"
             print(f"| {name} | {plan} | {' | '.join(cells)} |", flush=True)
 

@@ -98,8 +98,7 @@ def strip(shares: Sequence[float], reads: Sequence[bool]) -> str:
     bars = "".join(
         f'<rect class="back" x="{x}" y="0" width=".8" height="4"/>'
         f'<rect x="{x}" y="{4 - 4 * share:.3f}" width=".8" height="{4 * share:.3f}">'
-        f"<title>layer {x}: {share:.0%}</title></rect>"
-        + (f'<circle cx="{x + 0.4}" cy="4.6" r=".25"/>' if read else "")
+        f"<title>layer {x}: {share:.0%}</title></rect>" + (f'<circle cx="{x + 0.4}" cy="4.6" r=".25"/>' if read else "")
         for x, (share, read) in enumerate(zip(shares, reads, strict=True))
     )
     words = "work of the visual tokens by layer: " + ", ".join(f"{share:.0%}" for share in shares)

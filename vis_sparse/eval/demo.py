@@ -16,12 +16,13 @@ import vis_sparse
 
 from ..calibration.profiles import Target
 from ..cost.shape_lookup import shape_of
+from ..cost.shapes import ModelShape
 from ..layout.layout import VisualLayout
-from ..patches import read_layout
 from ..patches.calibrated import checked_calibration
-from ..plans.budgets import resolve_heads
+from ..plans.budgets import resolve_heads, resolve_tower
 from ..plans.files import as_plan
 from ..plans.plan import VisualPlan
+from ..plans.scores import Calibration
 from .layer_work import layer_work
 from .measure import Measurement
 from .timing import machine_facts
@@ -31,11 +32,12 @@ from .tiny.dialogs import questions
 from .tiny.families import FAMILIES, grid_of, kinds_of
 from .tiny.score import answers, prepared
 
-PLANS = ("auto", "yopo-25", "yopo-12")
+PLANS, OF_THE_TOWER = ("auto", "yopo-25", "yopo-12"), "whole-50"
 DENSE, BLIND = "dense", "blind"
 BATCH = 25  # questions answered at once
 TIMED, REPEATS = 16, 15  # questions in the timed prompt, and turns
 DEEP_TIMED, DEEP_REPEATS = 2, 3  # of a model fifty times as large
+_COUNTED = ("flops", "decoder_flops", "flops_visual", "kv_bytes", "peak_bytes")
 
 
 def run_demo(
@@ -48,7 +50,8 @@ def run_demo(
 
     num_questions: in all, spread evenly over the kinds of question. family_name: of `tiny.families`.
     on_step(done, total): called after each batch of answers and each timed turn. calibration: file that says which
-    heads and neurons budgets keep; None: the shipped one.
+    heads and neurons budgets keep; None: the shipped one. The plan for the vision tower too is asked where it has
+    measured one.
     """
     family, folder = FAMILIES[family_name], checkpoint(family_name)
     model = family.MODEL.from_pretrained(folder, dtype=torch.float32).eval()
@@ -58,10 +61,8 @@ def run_demo(
     calibration = checked_calibration(
         calibration or folder / "heads.safetensors", model, target.text_model, target.decoder
     )
-    plans = {
-        name: resolve_heads(as_plan(name, shape.layers), shape.heads, shape.kv_heads, calibration=calibration)
-        for name in PLANS
-    }
+    names = PLANS if calibration.tower is None else (*PLANS, OF_THE_TOWER)
+    plans = {name: _resolved(name, shape, calibration) for name in names}
     variants = {DENSE: VisualPlan.dense(shape.layers), **plans, BLIND: VisualPlan.vtw(shape.layers, 0)}
     kinds = kinds_of(family)
     per_kind = max(1, num_questions // len(kinds))
@@ -69,8 +70,8 @@ def run_demo(
     batch, repeats = (DEEP_TIMED, DEEP_REPEATS) if family_name == DEEP else (TIMED, REPEATS)
     # One size, so that nothing is padded: the largest.
     timed = questions("place", batch, sizes=family.SIZES[-1:])
-    embeddings, layout = timed_prompt(model, processor, timed)
-    measurement = Measurement(model, embeddings, layout, plans)
+    width, height = timed[0].image.size
+    measurement = Measurement(model, prepared(model, processor, timed), (height, width), plans)
     batches = [asked[start : start + BATCH] for start in range(0, len(asked), BATCH)]
     done, total = 0, len(variants) * len(batches) + repeats * len(measurement.variants)
 
@@ -91,8 +92,8 @@ def run_demo(
 
     given = {name: answered(name) for name in variants}
     figures = measurement.run(repeats, on_turn=step)
-    one = VisualLayout(1, tuple(segment for segment in layout.segments if segment.sample == 0))
-    text_tokens = embeddings.shape[1] - one.num_visual
+    one = VisualLayout(1, tuple(segment for segment in measurement.layout.segments if segment.sample == 0))
+    text_tokens = measurement.text_tokens
     drawn = one.segments[-1]
     return {
         "model": {
@@ -130,31 +131,23 @@ def run_demo(
     }
 
 
-def timed_prompt(model, processor, asked: Sequence[Question]) -> tuple[torch.Tensor, VisualLayout]:
-    """What the decoder is given for `asked`, questions of one length, images of one size: embeddings and layout."""
-    inputs = prepared(model, processor, asked)
-    kept = []
-    hook = model.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: kept.append(kwargs["inputs_embeds"]), with_kwargs=True
-    )
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    finally:
-        hook.remove()
-    return kept[0], read_layout(model, inputs)
+def _resolved(name: str, shape: ModelShape, calibration: Calibration) -> VisualPlan:
+    plan = resolve_heads(as_plan(name, shape.layers), shape.heads, shape.kv_heads, calibration=calibration)
+    vision = shape.vision
+    return resolve_tower(plan, vision.layers, vision.heads, vision.ffn, None, calibration.tower)
 
 
 def _costs(name: str, figures: dict[str, dict], batch: int) -> dict:
-    """FLOPs, bytes and seconds of one of `batch` questions' prefill; the unpatched model's for `DENSE`."""
+    """FLOPs, bytes and seconds of one of `batch` questions' prefill, whole and of the decoder alone; the unpatched
+    model's for `DENSE`."""
     own = figures[PLANS[0] if name == DENSE else name]
     suffix, timed = ("_dense", "dense_s") if name == DENSE else ("", "patched_s")
-    return {
-        **{key: own[key + suffix] // batch for key in ("flops_visual", "flops", "kv_bytes", "peak_bytes")},
-        "prefill_s": own[timed] / batch,
-        "prefill_spread_s": [value / batch for value in own["spread"][timed]],
-        "speedup": 1.0 if name == DENSE else own["speedup_paired"],
-    }
+    costs = {key: own[key + suffix] // batch for key in _COUNTED}
+    for part in ("", "decoder_"):
+        costs[f"{part}prefill_s"] = own[part + timed] / batch
+        costs[f"{part}prefill_spread_s"] = [value / batch for value in own[f"{part}spread"][timed]]
+        costs[f"{part}speedup"] = 1.0 if name == DENSE else own[f"{part}speedup_paired"]
+    return costs
 
 
 def _accuracy(asked: Sequence[Question], given: Sequence[str]) -> dict[str, float]:

@@ -30,9 +30,10 @@ def _head(results: dict) -> str:
     model = results["model"]
     tokens = " to ".join(str(count) for count in sorted(set(model["visual_tokens"])))
     facts = (
-        (f"{auto['flops_visual'] / dense['flops_visual']:.0%}", "of the FLOPs for visual tokens"),
+        (f"{auto['flops'] / dense['flops']:.0%}", "of the FLOPs from pixels to logits"),
+        (f"{auto['speedup']:.2f}×", "speed from pixels to logits"),
+        (f"{auto['flops_visual'] / dense['flops_visual']:.0%}", "of the decoder’s FLOPs for visual tokens"),
         (f"{auto['kv_bytes'] / dense['kv_bytes']:.0%}", "of the KV cache"),
-        (f"{auto['speedup']:.2f}×", "prefill speed of the decoder"),
         (f"{auto['same_as_dense']:.1%}", "of the answers the same as dense"),
     )
     tiles = "".join(f"<div><dt>{what}</dt><dd>{value}</dd></div>" for value, what in facts)
@@ -40,7 +41,7 @@ def _head(results: dict) -> str:
 <p class="brand">vis_sparse demo</p>
 <h1>Every visual token stays.<br>Its computation need not.</h1>
 <p>A {model["name"]} of {model["parameters"] / 1e6:.1f} million parameters, {model["layers"]} decoder layers
-and {tokens} visual tokens an image answers {asked} held-out questions: unpatched (<b>dense</b>), and under three plans
+and {tokens} visual tokens an image answers {asked} held-out questions: unpatched (<b>dense</b>), and under plans
 for what its visual tokens compute. No plan was trained for. Under <b>auto</b>, the default:</p>
 <dl class="facts">{tiles}</dl>
 </header>"""
@@ -76,21 +77,28 @@ def _largest_error(results: dict) -> float:
 def _cost(results: dict) -> str:
     dense = results["plans"][0]
     quantities = (
-        ("visual MFLOPs", "flops_visual", 1e6),
-        ("all MFLOPs", "flops", 1e6),
-        ("KV cache, KiB", "kv_bytes", 2**10),
+        ("MFLOPs", "flops", 1e6),
         ("prefill, ms", "prefill_s", 1e-3),
+        ("speed-up", "speedup", None),
+        ("decoder’s MFLOPs", "decoder_flops", 1e6),
+        ("visual MFLOPs", "flops_visual", 1e6),
+        ("decoder, ms", "decoder_prefill_s", 1e-3),
+        ("speed-up", "decoder_speedup", None),
+        ("KV cache, KiB", "kv_bytes", 2**10),
     )
     heads = "".join(f'<th scope="col">{name}</th>' for name, _, _ in quantities)
     rows = []
     for row in results["plans"]:
-        cells = [bar(three_digits(row[key] / unit), row[key] / dense[key]) for _, key, unit in quantities]
-        rows.append(table_row(row["plan"], [*cells, f"{row['speedup']:.2f}×"]))
+        cells = [
+            f"{row[key]:.2f}×" if unit is None else bar(three_digits(row[key] / unit), row[key] / dense[key])
+            for _, key, unit in quantities
+        ]
+        rows.append(table_row(row["plan"], cells))
     timed = results["timed"]
     spans = ", ".join(f"{row['plan']} {span(row['prefill_spread_s'])} ms" for row in results["plans"])
     return f"""<section aria-labelledby="cost"><h2 id="cost">Cost of one question</h2>
-<table><caption>Decoder prefill; bars against dense</caption>
-<thead><tr><th scope="col">plan</th>{heads}<th scope="col">speed-up</th></tr></thead>
+<table><caption>The whole prefill, from pixels to logits, then the decoder in it; bars against dense</caption>
+<thead><tr><th scope="col">plan</th>{heads}</tr></thead>
 <tbody>{"".join(rows)}</tbody></table>
 <p class="note">Time: a batch of {timed["batch"]} questions, each of {timed["visual_tokens"]} visual and
 {timed["text_tokens"]} text tokens, plans in turns, median of {timed["repeats"]} rounds, divided by the
@@ -189,7 +197,7 @@ def _how(results: dict) -> str:
 {sum(results["questions"].values())}</code> on {results["date"][:10]};
 {escape(machine["cpu"])}, {machine["threads"]} threads, device {escape(machine["device"])}; vis_sparse
 {versions["vis_sparse"]}, torch {versions["torch"]}, transformers {versions["transformers"]},
-Python {versions["python"]}. FLOPs count a multiply-add as two; “all” adds the text tokens; vision tower, projector and
-LM head are the same under every plan and left out, of the time too. Where a plan keeps only some heads, they are those
+Python {versions["python"]}. FLOPs count a multiply-add as two. The prefill is vision tower, projector, decoder
+and LM head; the tower is unpatched but under whole plans. Where a plan keeps only some heads, they are those
 with the highest scores of a calibration, shipped with the checkpoint.</p>
 </section>"""

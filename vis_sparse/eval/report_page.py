@@ -105,7 +105,7 @@ def _task_table(title: str, rows: list[dict]) -> str:
 
 def _bench(rows: list[dict]) -> str:
     first = rows[0]
-    dense = [_times(first["dense_s"], first["spread"]["dense_s"]), "1.00×", "1.00", "", ""]
+    dense = [_times(first["dense_s"], first["spread"]["dense_s"]), "1.00×", "1.00", "", *_decoder(first, "dense"), ""]
     body = [table_row("unpatched", [*dense, *_sizes(first["kv_bytes_dense"], first["peak_bytes_dense"])])]
     for row in rows:
         body.append(
@@ -116,21 +116,39 @@ def _bench(rows: list[dict]) -> str:
                     f"{row['speedup']:.2f}×",
                     f"{row['flop_ratio']:.2f}",
                     f"{row['efficiency']:.2f} / {row['efficiency_vs_dense_plan']:.2f}",
+                    *_decoder(row, "patched"),
                     f"{row['decode_speedup']:.2f}×" if "decode_speedup" in row else "",
                     *_sizes(row["kv_bytes"], row["peak_bytes"]),
                 ],
             )
         )
-    heads = ("prefill", "speed-up", "fewer FLOPs", "efficiency", "decode", "KV, MiB", "peak, MiB")
+    heads = (
+        "prefill",
+        "speed-up",
+        "fewer FLOPs",
+        "efficiency",
+        "decoder",
+        "speed-up",
+        "decode",
+        "KV, MiB",
+        "peak, MiB",
+    )
     title = (
-        f"Prefill of {first['visual_tokens']} visual and {first['text_tokens']} text tokens, batch {first['batch']}, "
-        f"{first['layers']} layers, {first['dtype']}, random weights"
+        f"Prefill of {first['visual_tokens']} visual and {first['text_tokens']} text tokens, pixels to logits, batch "
+        f"{first['batch']}, {first['layers']} decoder layers and {first['tower_layers']} of the vision tower, "
+        f"{first['dtype']}, random weights"
     )
     return (
         f"<section><h2>{escape(first['model'])}: time at full width</h2>{_table(title, 'plan', heads, body)}"
         '<p class="note">Median of rounds in turns (fastest to slowest). Efficiency: the speed-up over the ratio of '
-        "FLOPs, against the unpatched model / against the dense plan, which runs the same routines.</p></section>"
+        "FLOPs, against the unpatched model / against the dense plan, which runs the same routines. Decoder: its part "
+        "of the prefill; decode: of a step.</p></section>"
     )
+
+
+def _decoder(row: dict, variant: str) -> list[str]:
+    speedup = row["decoder_speedup"] if variant == "patched" else 1.0
+    return [seconds(row[f"decoder_{variant}_s"]), f"{speedup:.2f}×"]
 
 
 def _times(median: float, spread: list[float]) -> str:
@@ -146,8 +164,10 @@ def _peers(rows: list[dict]) -> str:
     body = []
     for row in rows:
         if "why" in row:
-            body.append(f'<tr class="quiet"><th scope="row">{escape(row["peer"])}</th>'
-                        f'<td class="text" colspan="3">{escape(row["why"])}</td></tr>')
+            body.append(
+                f'<tr class="quiet"><th scope="row">{escape(row["peer"])}</th>'
+                f'<td class="text" colspan="3">{escape(row["why"])}</td></tr>'
+            )
         else:
             size = "" if row["peak_bytes"] is None else _sizes(row["peak_bytes"])[0]
             body.append(table_row(row["peer"], [_times(row["s"], row["spread"]), f"{row['speedup']:.2f}×", size]))

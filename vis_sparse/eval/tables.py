@@ -30,15 +30,17 @@ def measured_on(row: dict) -> str:
 
 
 def draw_bench(console: Console, results: list[dict]) -> None:
-    """Prefill, and a decode step if it was measured, from the objects of `bench`."""
+    """The whole prefill, the decoder's part and, if it was measured, a decode step, from the objects of `bench`."""
     first = results[0]
     console.print(
-        f"{first['model']}, {first['layers']} layers, {first['dtype']}, batch {first['batch']}, "
-        f"{first['visual_tokens']} visual + {first['text_tokens']} text tokens a sample"
+        f"{first['model']}, {first['layers']} layers of the decoder and {first['tower_layers']} of the vision tower, "
+        f"{first['dtype']}, batch {first['batch']}, {first['visual_tokens']} visual + {first['text_tokens']} text "
+        "tokens a sample"
     )
-    console.print(_bench_table("\nPrefill", results, ""))
+    console.print(_bench_table("\nPrefill, pixels to logits", results, ""))
+    console.print(_bench_table("\nThe decoder in it", results, "decoder_"))
     if "decode_dense_s" in first:
-        console.print(_bench_table("\nDecode step", results, "decode_"))
+        console.print(_bench_table("\nDecode step, the decoder", results, "decode_"))
     order = "compiled, one after the other" if first["compiler"] else "in turns"
     copied = ", ".join(f"{row['plan']} {mebibytes(row['copied_bytes'])}" for row in results if row["copied_bytes"])
     console.print(
@@ -189,23 +191,25 @@ def draw_demo(console: Console, results: dict) -> None:
     note = f"{asked} held-out questions. blind: text reads no visual token. = dense: same answer as dense\n"
     console.print(note, style="bright_black", highlight=False)
 
-    headings = ("plan", "visual FLOPs", "all FLOPs", "KV cache", "prefill", "range", "speed-up")
-    table = tight_table(*headings, left=("plan",), title="Cost of one question")
+    headings = ("plan", "FLOPs", "prefill", "range", "speed-up", "decoder", "time", "speed-up", "KV cache")
+    table = tight_table(*headings, left=("plan",), title="Cost of one question, pixels to logits")
     for row in results["plans"]:
         table.add_row(
             row["plan"],
-            human(row["flops_visual"]),
             human(row["flops"]),
-            f"{row['kv_bytes'] / 2**10:,.0f} KiB",
             seconds(row["prefill_s"]),
             span(row["prefill_spread_s"]),
             f"{row['speedup']:.2f}",
+            human(row["decoder_flops"]),
+            seconds(row["decoder_prefill_s"]),
+            f"{row['decoder_speedup']:.2f}",
+            f"{row['kv_bytes'] / 2**10:,.0f} KiB",
         )
     console.print(table)
     timed, machine = results["timed"], results["machine"]
     console.print(
-        f"decoder only, batch of {timed['batch']}, median of {timed['repeats']} rounds in turns; {machine['cpu']}, "
-        f"{machine['threads']} threads\n",
+        f"decoder: its part. batch of {timed['batch']}, median of {timed['repeats']} rounds in turns; "
+        f"{machine['cpu']}, {machine['threads']} threads\n",
         style="bright_black",
         highlight=False,
     )

@@ -105,11 +105,7 @@ def is_plain(module: nn.Module) -> bool:
     Hooks on all modules at once, which counters and profilers set, are not asked: they would change what they count.
     """
     held = vars(module)  # attributes of modules are slow
-    return (
-        type(module) is nn.Linear
-        and type(held["_parameters"].get("weight")) is nn.Parameter
-        and not listens(held)
-    )
+    return type(module) is nn.Linear and type(held["_parameters"].get("weight")) is nn.Parameter and not listens(held)
 
 
 def listens(held: dict) -> bool:
