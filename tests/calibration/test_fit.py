@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import vis_sparse
-from vis_sparse.calibration.fit import RIDGES, _layer_map, of_rank, fit
+from vis_sparse.calibration.fit import RIDGES, _layer_map, fit, of_rank
 from vis_sparse.calibration.probe import LayerRows, Probe
 from vis_sparse.calibration.profiles import Target
 from vis_sparse.patches.errors import PatchError

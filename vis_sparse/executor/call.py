@@ -130,6 +130,11 @@ class Call:
         covers = self._is_real.all() and len(self._index) == self.packing.batch * self.packing.length
         return self._to(np.argsort(self._index)) if covers and not self.packing.past else None
 
+    @property
+    def has_every_column(self) -> bool:
+        """Whether the sequence that rows may be ordered by is that of the hidden states: no token has left before."""
+        return self.in_sequence is self.packing
+
     def _to(self, array: np.ndarray) -> torch.Tensor:
         return on_device(array, self.device)
 
@@ -162,7 +167,7 @@ class Call:
         if self._is_plain:
             return x.view(hidden.shape)
         rows = x if stopped is None else torch.cat([x, stopped])
-        if self.order is not None and self.in_sequence is self.packing:
+        if self.order is not None and self.has_every_column:
             return rows.index_select(0, self.order).view(hidden.shape)
         index = self._rows_of_sequence
         if self._real_rows is not None:

@@ -190,7 +190,7 @@ def _other_order(angles: Angles, call: Call) -> tuple[Callable[[torch.Tensor], t
 def _merged(whole: Call, hidden, x, angles: Angles, call: Call, stopped, passed) -> torch.Tensor:
     """The rows of `call`, which began as `whole`, in the shape of `hidden`; rows that left have the value they had
     then."""
-    if angles.in_sequence and call is whole:
+    if angles.in_sequence and call is whole and call.has_every_column:
         return x.view(hidden.shape)
     x = call.to_lanes(x) if angles.in_sequence else x
     if passed:

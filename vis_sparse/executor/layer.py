@@ -103,7 +103,7 @@ class LaneLayer:
 
     def rows(self, call: Call, hidden, cos, sin) -> tuple[torch.Tensor, Angles]:
         """The rows of a call, of its hidden states and angles, in the order in which the layer takes them."""
-        in_sequence = self.takes_sequence(call)
+        in_sequence = self.takes_sequence(call) and call.has_every_column
         x, cos, sin = call.sequence(hidden, cos, sin) if in_sequence else call.split(hidden, cos, sin)
         return x, Angles.of(cos, sin, call.num_text, in_sequence)
 
