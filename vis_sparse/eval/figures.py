@@ -320,7 +320,7 @@ def _scores(drawing, answers: Answers, kind: str, x: float, y: float, wide: floa
     drawing.lines([[(x, blind), (x + wide, blind)]], "quiet")
     dots = {
         name: (x + wide * answers.visual_flops[name], y + tall * (1 - answers.of(name, kind).mean()))
-        for name in sorted({*answers.right} - {BLIND}, key=lambda name: _color(name) != "scores")
+        for name in sorted({*answers.right} - {BLIND}, key=lambda name: (_color(name) != "scores", name))
     }
     taken = [(left - 4, left + 4, top + 4) for left, top in dots.values()]
     for name, (left, top) in dots.items():

@@ -49,7 +49,8 @@ class Sequences:
         """(B, 1, L, L) bool: which row (query) sees which column (key)."""
         beginning = self.slots[:, None, :] == BEGINNING
         same = self.slots[:, :, None] == self.slots[:, None, :]
-        return ((beginning | same) & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril())[:, None]
+        length = self.slots.shape[1]
+        return ((beginning | same) & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
 
 
 class Writer:
