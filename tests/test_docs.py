@@ -41,6 +41,7 @@ QUICK = {
     "vis-sparse doctor": None,
     "vis-sparse eval": "--limit 2 --timed 0",
     "vis-sparse finetune": "--steps 2 --batch 1",
+    "vis-sparse fit": "--samples 8",
     "vis-sparse flops": None,
     "vis-sparse plan": None,
     "vis-sparse report": None,
@@ -50,7 +51,7 @@ QUICK = {
     "python -m vis_sparse.eval.conversations": "--train 4 --held-out 2",
     "printf": None,
 }
-SLOW = {"bench", "calibrate", "demo", "eval", "finetune", "lmms-eval", "search"}
+SLOW = {"bench", "calibrate", "demo", "eval", "finetune", "fit", "lmms-eval", "search"}
 SHOWN = {"vis_sparse", "examples", "tests", "docs"}  # folders of a checkout that commands may name
 
 
