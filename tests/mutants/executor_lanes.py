@@ -261,8 +261,8 @@ MUTANTS = mutants((
     ),
     (
         "subclasses of Linear taken for it", WEIGHTS,
-        "type(module) is nn.Linear\n",
-        "isinstance(module, nn.Linear)\n",
+        "return type(module) is nn.Linear and",
+        "return isinstance(module, nn.Linear) and",
         "executor/test_weights_seen.py::test_a_subclass_is_called",
     ),
     (
