@@ -135,7 +135,9 @@ CASES = {
             "Qwen2-VL",
             QWEN2_TOWER,
             _qwen_names(lambda block: (None, block.mlp.fc1, block.mlp.fc2, block.mlp.act)),
-            lambda: _qwen("qwen2_vl", "Qwen2VisionTransformerPretrainedModel", embed_dim=WIDTH, mlp_ratio=1),
+            lambda: _qwen(
+                "qwen2_vl", "Qwen2VisionTransformerPretrainedModel", embed_dim=WIDTH, mlp_ratio=1
+            ),
         ),
         Case(
             "Qwen2.5-VL",

@@ -46,3 +46,4 @@ def test_the_command(shape, tmp_path):
         refused = CliRunner().invoke(app, [*command, *more])
         assert refused.exit_code == 2 and "got --train beside it" in refused.output
     assert CliRunner().invoke(app, [*command, "--clock", "sun"]).exit_code == 2
+

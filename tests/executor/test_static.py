@@ -42,7 +42,9 @@ def test_generate_gives_the_tokens_of_a_dynamic_cache(way, name):
     tokens = []
     for cache in (None, "static"):
         torch.manual_seed(0)
-        tokens.append(model.generate(**batch.to_generate(), max_new_tokens=8, cache_implementation=cache, **WAYS[way]))
+        tokens.append(
+            model.generate(**batch.to_generate(), max_new_tokens=8, cache_implementation=cache, **WAYS[way])
+        )
     assert torch.equal(*tokens)
 
 

@@ -14,7 +14,9 @@ from .scenarios import SCENARIOS, make_request
 
 _FAST = ("Llava", "Qwen2VL", "InternVL (Qwen2)")
 CELLS = [
-    pytest.param(case, scenario, id=f"{case.name}-{name}", marks=[pytest.mark.slow] if case.name not in _FAST else [])
+    pytest.param(
+        case, scenario, id=f"{case.name}-{name}", marks=[pytest.mark.slow] if case.name not in _FAST else []
+    )
     for case in CASES
     for name, scenario in SCENARIOS.items()
     if case.video or not scenario.has_video

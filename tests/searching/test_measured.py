@@ -46,7 +46,9 @@ def test_what_are_no_measured_plans_is_refused(text):
         from_text(text)
 
 
-@pytest.mark.parametrize("most_loss,chosen", [(0, 0), (0.005, 0), (0.01, 1), (0.02, 1), (0.05, 2), (0.1, 2), (1, 3)])
+@pytest.mark.parametrize(
+    "most_loss,chosen", [(0, 0), (0.005, 0), (0.01, 1), (0.02, 1), (0.05, 2), (0.1, 2), (1, 3)]
+)
 def test_the_boldest_within_the_loss(most_loss, chosen):
     plans = [
         DENSE,

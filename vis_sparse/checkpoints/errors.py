@@ -1,5 +1,6 @@
 """Errors of loading and converting checkpoints."""
 
+
 from huggingface_hub.errors import StrictDataclassError
 
 # What transformers and torch raise for a config.json and for tensors that are not what they say.

@@ -45,7 +45,9 @@ def family(
 
     Placeholders are the config's `image_token_id`, `video_token_id`; encoders `get_image_features`, ...
     """
-    methods = {f"get_{name}_features": functools.partial(_note, visual, name) for name, visual in visuals.items()}
+    methods = {
+        f"get_{name}_features": functools.partial(_note, visual, name) for name, visual in visuals.items()
+    }
     of_class = {"check": check, "towers": towers, "merge": merge, "not_before": not_before or {}}
     return Family(classes, functools.partial(_read_layout, visuals), methods, **of_class)
 

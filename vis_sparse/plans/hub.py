@@ -9,7 +9,9 @@ from pathlib import Path
 from .atomic_write import is_file
 from .layer_plan import PlanError, brief, reason
 
-_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?(?::(?P<file>\w[\w./-]*))?", re.ASCII)
+_ID = re.compile(
+    r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?(?::(?P<file>\w[\w./-]*))?", re.ASCII
+)
 _OF_FILES = (".yaml", ".yml", ".npy", ".safetensors", ".json", ".jsonl", ".parquet")
 
 

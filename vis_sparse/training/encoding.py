@@ -147,3 +147,4 @@ def _split(tokens: list[int], separator: int) -> list[list[int]]:
 def _find(segment: list[int], full: list[int], start: int) -> int:
     ends = range(start, len(full) - len(segment) + 1)
     return next((at for at in ends if full[at] == segment[0] and full[at : at + len(segment)] == segment), -1)
+

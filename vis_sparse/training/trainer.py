@@ -112,3 +112,4 @@ def shares(prediction: EvalPrediction) -> dict[str, float]:
     """Metrics of an evaluation. A greedy answer is right iff each of its tokens is the likeliest after those before."""
     answers, tokens = np.asarray(prediction.predictions).mean(0).tolist()
     return {"answers_right": answers, "tokens_right": tokens}
+

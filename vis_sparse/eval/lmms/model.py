@@ -74,7 +74,9 @@ def load(
         arguments["dtype"] = dtype
     try:
         # without memory for weights: lmms-eval's classes do not tell what was missing
-        _, loaded = AutoModelForImageTextToText.from_pretrained(pretrained, device_map="meta", output_loading_info=True)
+        _, loaded = AutoModelForImageTextToText.from_pretrained(
+            pretrained, device_map="meta", output_loading_info=True
+        )
         check_loaded(pretrained, loaded)
         model = type(f"VisSparse{kind.__name__}", (PatchedModel, kind), {})(pretrained=pretrained, **arguments)
     except (*MALFORMED, OSError, SafetensorError, ImportError) as error:

@@ -162,15 +162,13 @@ def word_losses(model, visual: Tensor, data: Batch) -> Tensor:
     cells = in_cell @ cosines / in_cell.sum(dim=1, keepdim=True)
     rows, columns = (axis.expand(len(visual), -1) for axis in (rows, columns))
     image = cosines.mean(dim=1)
-    return torch.stack(
-        [
-            loss(cells, (*DIGITS, EMPTY), data.cells),
-            loss(cosines, ROWS, rows),
-            loss(cosines, COLUMNS, columns),
-            loss(image, SHAPES, data.shapes),
-            loss(image, COLORS, data.colors),
-        ]
-    )
+    return torch.stack([
+        loss(cells, (*DIGITS, EMPTY), data.cells),
+        loss(cosines, ROWS, rows),
+        loss(cosines, COLUMNS, columns),
+        loss(image, SHAPES, data.shapes),
+        loss(image, COLORS, data.colors),
+    ])
 
 
 @torch.no_grad()

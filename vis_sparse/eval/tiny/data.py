@@ -214,14 +214,8 @@ def easy_vqa_scenes(split: str) -> list[Scene]:
         with Image.open(paths[image_id]) as file:
             image = file.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
         pairs = asked[image_id]
-        scenes.append(
-            Scene(
-                image,
-                tuple(Question(image, text, answer, "easy_vqa") for text, answer in pairs),
-                shape=_shown(pairs, SHAPES),
-                color=_shown(pairs, COLORS),
-            )
-        )
+        scenes.append(Scene(image, tuple(Question(image, text, answer, "easy_vqa") for text, answer in pairs),
+                            shape=_shown(pairs, SHAPES), color=_shown(pairs, COLORS)))
     return scenes
 
 

@@ -27,12 +27,8 @@ from vis_sparse.eval.tiny.words import BOS, IMAGE, WORD_IDS, chat_template, toke
 NAME, TITLE = "internvl", "InternVL"
 MODEL = InternVLForConditionalGeneration
 SIZES = ((96, 96), (96, 192), (192, 96), (192, 192))  # 1, 2, 2 and 4 tiles
-SPECIAL = {
-    "context_image_token": "<IMG_CONTEXT>",
-    "start_image_token": "<img>",
-    "end_image_token": "</img>",
-    "video_token": "<video>",
-}
+SPECIAL = {"context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>", "end_image_token": "</img>",
+           "video_token": "<video>"}
 WORDS = words.extended(SPECIAL)
 IMAGE_START, IMAGE_END = (WORDS.index(word) for word in ("<img>", "</img>"))
 BEFORE, AFTER = (BOS, WORD_IDS["user:"], IMAGE_START), (IMAGE_END,)  # tokens around an image
@@ -55,24 +51,14 @@ def config() -> InternVLConfig:
     clip, text = model_llava.config().vision_config, model_llava.config().text_config
     text.vocab_size = len(WORDS)
     vision = InternVLVisionConfig(
-        image_size=[IMAGE_SIZE] * 2,
-        patch_size=[clip.patch_size] * 2,
-        hidden_size=clip.hidden_size,
-        intermediate_size=clip.intermediate_size,
-        num_hidden_layers=clip.num_hidden_layers,
-        num_attention_heads=clip.num_attention_heads,
-        attention_bias=True,
-        hidden_act=clip.hidden_act,
-        layer_norm_eps=clip.layer_norm_eps,
-        layer_scale_init_value=1.0,
+        image_size=[IMAGE_SIZE] * 2, patch_size=[clip.patch_size] * 2, hidden_size=clip.hidden_size,
+        intermediate_size=clip.intermediate_size, num_hidden_layers=clip.num_hidden_layers,
+        num_attention_heads=clip.num_attention_heads, attention_bias=True, hidden_act=clip.hidden_act,
+        layer_norm_eps=clip.layer_norm_eps, layer_scale_init_value=1.0,
     )
     return InternVLConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=IMAGE,
-        image_seq_length=TILE**2,
-        downsample_ratio=1 / SHUFFLE,
-        tie_word_embeddings=True,
+        vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=TILE**2,
+        downsample_ratio=1 / SHUFFLE, tie_word_embeddings=True,
     )
 
 
@@ -81,10 +67,8 @@ def processor() -> InternVLProcessor:
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return InternVLProcessor(
         image_processor=GotOcr2ImageProcessor(size=size, crop_to_patches=True, max_patches=MAX_TILES),
-        video_processor=InternVLVideoProcessor(size=size),
-        tokenizer=tokenizer(WORDS, SPECIAL),
-        image_seq_length=TILE**2,
-        chat_template=CHAT_TEMPLATE,
+        video_processor=InternVLVideoProcessor(size=size), tokenizer=tokenizer(WORDS, SPECIAL),
+        image_seq_length=TILE**2, chat_template=CHAT_TEMPLATE,
     )
 
 

@@ -42,41 +42,20 @@ def prompt(question: str) -> str:
 def config() -> LlavaConfig:
     """96x96 images as 144 visual tokens; CLIP 4 layers x 128, Llama 8 layers x 128, 8 heads of 32: 3.0 M parameters."""
     vision = CLIPVisionConfig(
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH,
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        projection_dim=128,
-        hidden_act="quick_gelu",
+        image_size=IMAGE_SIZE, patch_size=PATCH, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=4, projection_dim=128, hidden_act="quick_gelu",
     )
     text = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        head_dim=32,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
+        vocab_size=len(WORDS), hidden_size=128, intermediate_size=352, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=8, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True,
+        pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
         # Slow rotations only in most of a head's dimensions: words must match over some hundred visual tokens.
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )
     return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=IMAGE,
-        image_seq_length=GRID * GRID,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        projector_hidden_act="gelu",
-        tie_word_embeddings=True,
-        pad_token_id=PAD,
+        vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=GRID * GRID,
+        vision_feature_layer=-1, vision_feature_select_strategy="default", projector_hidden_act="gelu",
+        tie_word_embeddings=True, pad_token_id=PAD,
     )
 
 
@@ -86,12 +65,8 @@ def processor() -> LlavaProcessor:
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     )
     return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer(WORDS, {"image_token": "<image>"}),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        image_processor=images, tokenizer=tokenizer(WORDS, {"image_token": "<image>"}), patch_size=PATCH,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE,
     )
 
 

@@ -26,12 +26,8 @@ from vis_sparse.eval.tiny.words import BOS, EOS, IMAGE, PAD, WORD_IDS, chat_temp
 NAME, TITLE = "qwen2_vl", "Qwen2-VL"
 MODEL = Qwen2VLForConditionalGeneration
 SIZES = ((80, 80), (72, 112), (120, 80), (96, 112))
-SPECIAL = {
-    "image_token": "<|image_pad|>",
-    "vision_start_token": "<|vision_start|>",
-    "vision_end_token": "<|vision_end|>",
-    "video_token": "<|video_pad|>",
-}
+SPECIAL = {"image_token": "<|image_pad|>", "vision_start_token": "<|vision_start|>",
+           "vision_end_token": "<|vision_end|>", "video_token": "<|video_pad|>"}
 WORDS = words.extended(SPECIAL)
 VISION_START, VISION_END, VIDEO = range(len(words.WORDS), len(WORDS))
 BEFORE, AFTER = (BOS, WORD_IDS["user:"], VISION_START), (VISION_END,)  # tokens around an image
@@ -49,39 +45,19 @@ def prompt(question: str) -> str:
 def config() -> Qwen2VLConfig:
     """8 x 8 pixels a visual token; tower 3 layers x 96, decoder 8 layers x 256, 8 query and 4 KV heads of 32."""
     vision = {
-        "depth": 3,
-        "embed_dim": 96,
-        "hidden_size": 256,
-        "num_heads": 4,
-        "mlp_ratio": 4,
-        "patch_size": PATCH // MERGE,
-        "spatial_merge_size": MERGE,
-        "temporal_patch_size": TEMPORAL,
+        "depth": 3, "embed_dim": 96, "hidden_size": 256, "num_heads": 4, "mlp_ratio": 4, "patch_size": PATCH // MERGE,
+        "spatial_merge_size": MERGE, "temporal_patch_size": TEMPORAL,
     }
     text = {
-        "vocab_size": len(WORDS),
-        "hidden_size": 256,
-        "intermediate_size": 224,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 1024,
-        "rms_norm_eps": 1e-6,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-        "pad_token_id": PAD,
-        "tie_word_embeddings": True,
+        "vocab_size": len(WORDS), "hidden_size": 256, "intermediate_size": 224, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1024, "rms_norm_eps": 1e-6,
+        "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "tie_word_embeddings": True,
         # the LLaVA's rotations, shared out to time, rows and columns in the published model's proportions
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
     }
     return Qwen2VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-        tie_word_embeddings=True,
+        text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO,
+        vision_start_token_id=VISION_START, vision_end_token_id=VISION_END, tie_word_embeddings=True,
     )
 
 
@@ -90,10 +66,8 @@ def processor() -> Qwen2VLProcessor:
     pixels = {"shortest_edge": 16 * PATCH**2, "longest_edge": 200 * PATCH**2}  # of a whole image
     cut = {"patch_size": PATCH // MERGE, "merge_size": MERGE, "temporal_patch_size": TEMPORAL, "size": pixels}
     return Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**cut),
-        video_processor=Qwen2VLVideoProcessor(**cut),
-        tokenizer=tokenizer(WORDS, SPECIAL),
-        chat_template=CHAT_TEMPLATE,
+        image_processor=Qwen2VLImageProcessor(**cut), video_processor=Qwen2VLVideoProcessor(**cut),
+        tokenizer=tokenizer(WORDS, SPECIAL), chat_template=CHAT_TEMPLATE,
     )
 
 

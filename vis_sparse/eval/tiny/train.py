@@ -171,7 +171,9 @@ class Run:
         self.folder, self.step, self.seconds = folder, 0, 0.0
         self.resumed = self.saved = time.monotonic()
         self.model = self.family.new_model(SEED)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=True
+        )
         self.log_file = folder / "training_log.jsonl"
         if (folder / "state.safetensors").exists():
             self._load()

@@ -27,14 +27,8 @@ def tokenizer(words: tuple[str, ...], special: dict[str, str]) -> PreTrainedToke
     )
     model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=model,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens=special,
-        padding_side="left",
-        model_max_length=1024,
+        tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        extra_special_tokens=special, padding_side="left", model_max_length=1024,
     )
 
 
