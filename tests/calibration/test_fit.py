@@ -119,6 +119,7 @@ def test_an_adapter_carries_it_with_the_plan(tmp_path):
     model.save_pretrained(tmp_path / "base")
     model = type(model).from_pretrained(tmp_path / "base").eval()
     fitted = fit(model, samples_of(model, 12), still(), rank=4)
+    assert fitted.explained == {2: None}  # two batches, of which none is left out
     assert all(a.shape == (4, 64) for a, _ in fitted.differences.values())
     before = state(model)
     fitted.save(tmp_path / "fitted", model)

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import vis_sparse
-from vis_sparse.eval.deep import adapter_files
+from vis_sparse.eval.deep import adapter_files, cut_adapter
 from vis_sparse.eval.deep import probe as probing
 from vis_sparse.eval.deep import sequences as packing
 from vis_sparse.eval.deep.answers import KINDS, Answers, Asked, examined, kinds_of, likeliest, right_of
@@ -286,6 +286,32 @@ def test_an_adapter_is_read_as_peft_reads_it(tmp_path):
     # rounded to fp16 in the file
     found, expected = logits_under(plan, llava, state, peft)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cut_adapter_adds_the_best_of_that_rank(tmp_path):
+    llava = small_llava()
+    trained = Decoder(llava.config.text_config, text_state(llava), torch.float32, rank=5)
+    with torch.no_grad():
+        for parameter in trained.lora.values():
+            parameter.normal_(std=0.3)
+    projector = adapter_files.with_difference(new_projector(16, 96))
+    adapter_files.write(tmp_path, trained, projector, VisualPlan.dense(8), {})
+    before = smol_files.adapter_difference(tmp_path)
+    rows = torch.randn(200, 96, dtype=torch.float64) * torch.linspace(0.1, 3, 96)
+    cut_adapter.cut(tmp_path, {6: rows.T @ rows}, 2)
+    after = smol_files.adapter_difference(tmp_path)
+
+    def added(difference, name):
+        key = f"lora.model.layers.{name}"
+        return rows @ (difference[f"{key}.b"] @ difference[f"{key}.a"]).double().T
+
+    for name in ("6.self_attn.k_proj", "6.self_attn.v_proj"):
+        assert after[f"lora.model.layers.{name}.a"].shape == (2, 96)
+        left = torch.linalg.svdvals(added(before, name))[2:].square().sum()
+        torch.testing.assert_close((added(before, name) - added(after, name)).square().sum(), left, rtol=2e-2, atol=0)
+    untouched = {key for key in before if ".6.self_attn.k_" not in key and ".6.self_attn.v_" not in key}
+    assert all(torch.equal(before[key], after[key]) for key in untouched) and len(untouched) == len(before) - 4
+    PeftModel.from_pretrained(llava, tmp_path)
 
 
 def planned_decoder(plan: VisualPlan) -> PlannedDecoder:

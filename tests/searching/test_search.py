@@ -183,9 +183,8 @@ def test_a_search_over_whole_layers(model, samples):
     best = best_within(points, 0.4)
     plans = [VisualPlan(layers) for layers in itertools.product(kinds, repeat=LAYERS)]
     within = [meter(plan).kl for plan in plans if meter.cost(plan) <= 0.4]
-    assert (
-        best.kl <= sorted(within)[1] and "of a prompt" in best.plan.about
-    )  # of 27, a way down and exchanges may miss one
+    # of 27, a way down and exchanges may miss one
+    assert best.kl <= sorted(within)[1] and "of a prompt" in best.plan.about
 
 
 def test_moves_go_both_ways(model, samples):

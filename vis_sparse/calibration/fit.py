@@ -8,7 +8,7 @@ finds it, and what it changes goes into the weights of keys and values. Text row
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,13 @@ _CHANGED = 1e-6  # of the square of what enters a layer: less is a dense row's r
 class Fitted:
     """What `fit` adds to linear layers. differences: by module name, a (r, in) and b (out, r), fp32: b @ a is added.
     explained: by decoder layer, share of the squared error of keys and values beside the dense model's that is gone,
-    on samples left out (NaN without any). disturbed: by layer, square of what is added to text rows' keys and values
+    on samples left out (None without any). disturbed: by layer, square of what is added to text rows' keys and values
     over their own."""
 
     plan: VisualPlan
     differences: dict[str, tuple[Tensor, Tensor]]
-    explained: dict[int, float]
+    explained: dict[int, float | None]
     disturbed: dict[int, float]
-    base: str = field(default="", repr=False)
-    sizes: tuple[int, int] = field(default=(0, 0), repr=False)
 
     @torch.no_grad()
     def add_to(self, model: nn.Module) -> None:
@@ -71,6 +69,7 @@ class Fitted:
             import peft
         except ImportError:
             raise PatchError("fit: peft is missing, expected pip install 'vis_sparse[train]'") from None
+        decoder = Target.of(model).decoder
         ranks = {name: len(a) for name, (a, _) in self.differences.items()}
         config = peft.LoraConfig(
             r=max(ranks.values()), lora_alpha=max(ranks.values()), target_modules=list(ranks),
@@ -82,10 +81,10 @@ class Fitted:
                 layer = model.get_submodule(name)
                 layer.lora_A["default"].weight.copy_(a)
                 layer.lora_B["default"].weight.copy_(b)
-        wrapped.peft_config["default"].base_model_name_or_path = self.base
+        wrapped.peft_config["default"].base_model_name_or_path = getattr(model, "name_or_path", "")
         wrapped.save_pretrained(folder)
         wrapped.unload()
-        save_block(to_block({self.plan.name: self.plan}, *self.sizes), Path(folder))
+        save_block(to_block({self.plan.name: self.plan}, decoder.num_heads, decoder.ffn_size), Path(folder))
 
 
 @torch.no_grad()
@@ -147,8 +146,7 @@ def fit(
         name: (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1))
         for name, pairs in differences.items()
     }
-    sizes = decoder.num_heads, decoder.ffn_size
-    return Fitted(plan, joined, explained, disturbed, getattr(model, "name_or_path", ""), sizes)
+    return Fitted(plan, joined, explained, disturbed)
 
 
 def _projections(decoder: Decoder, index: int) -> list[tuple[nn.Linear, list[int]]]:
@@ -173,13 +171,13 @@ class _Sums:
     error: Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[LayerRows]) -> _Sums:
-        terms = []
-        for each in rows:
-            dense, visual, text = (part.double() for part in each)
-            lacks = dense - visual
-            terms.append((visual.T @ visual, text.T @ text, visual.T @ lacks, lacks.T @ lacks))
-        return cls(*(torch.stack(term).sum(0) for term in zip(*terms)))
+    def of(cls, rows: LayerRows) -> _Sums:
+        dense, visual, text = (part.double() for part in rows)
+        lacks = dense - visual
+        return cls(visual.T @ visual, text.T @ text, visual.T @ lacks, lacks.T @ lacks)
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
 
     def map(self, ridge: float) -> tuple[Tensor, Tensor]:
         """What is added to a row, as a (in, in) map from the right, and the square that it was found with."""
@@ -195,16 +193,20 @@ class _Sums:
 
 def _layer_map(rows: Sequence[LayerRows], weights: Sequence[Tensor]):
     """The map of one layer, transposed, the square of its inputs, and what `Fitted` tells; None if nothing lacks."""
-    every = _Sums.of(rows)
+    fitted = judge = None
+    for number, each in enumerate(rows, 1):
+        sums = _Sums.of(each)
+        if number % _HELD_OUT:
+            fitted = sums if fitted is None else fitted + sums
+        else:
+            judge = sums if judge is None else judge + sums
+    every = fitted if judge is None else fitted + judge
     if every.error.trace() <= _CHANGED * every.square.trace():
         return None
     weight = torch.cat(list(weights)).double()
     weighed, nothing = weight.T @ weight, torch.zeros_like(every.square)
-    held_out = rows[_HELD_OUT - 1 :: _HELD_OUT]
-    ridge, explained = RIDGES[len(RIDGES) // 2], float("nan")
-    if held_out:
-        fitted = _Sums.of([each for number, each in enumerate(rows) if number % _HELD_OUT != _HELD_OUT - 1])
-        judge = _Sums.of(held_out)
+    ridge, explained = RIDGES[len(RIDGES) // 2], None
+    if judge is not None:
         left, ridge = min((judge.left(fitted.map(ridge)[0], weighed), ridge) for ridge in RIDGES)
         explained = 1 - left / judge.left(nothing, weighed)
     change, square = every.map(ridge)

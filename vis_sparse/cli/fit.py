@@ -70,5 +70,6 @@ def _draw(console: Console, summary: dict) -> None:
     console.print("layer  error of visual keys and values that is gone, on samples left out; change of text's")
     for layer, row in summary["layers"].items():
         gone, text = row["explained"], row["disturbed"]
-        console.print(f"{layer:>5}  ", bar(max(0.0, gone)), f" {gone:.0%}  {text:.1%}")
+        shown = ("not measured: too few samples",) if gone is None else (bar(max(0.0, gone)), f" {gone:.0%}")
+        console.print(f"{layer:>5}  ", *shown, f" {text:.1%}")
     console.print(f"wrote {summary['folder']}", soft_wrap=True)

@@ -7,23 +7,21 @@ rows weighed alike, as `vis_sparse.fit` chooses them.
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vis_sparse.calibration.fit import of_rank
 from vis_sparse.eval.deep import adapter_files
+from vis_sparse.eval.deep.answers import asked
 from vis_sparse.eval.deep.decoder import SCALE
 from vis_sparse.eval.deep.export import SHIPPED, weights_of
 from vis_sparse.eval.deep.front import planned, work_of
 from vis_sparse.eval.deep.model import Model
 from vis_sparse.eval.deep.planned import PlannedDecoder
-from vis_sparse.eval.deep.projector import projected
-from vis_sparse.eval.deep.sequences import sequences, visual_places
-from vis_sparse.eval.deep.vision import features, seen
 from vis_sparse.eval.tiny.smol_files import ADAPTED_MODEL, ADAPTER, ADAPTER_CONFIG, SIDES, adapter_difference, merged
 from vis_sparse.plans.carried import plans_of_folder
 
@@ -34,12 +32,16 @@ SHOWN = ("page", "grid", "page", "shape")
 class Watched(PlannedDecoder):
     """Adds up the squares (in, in) of the rows that enter a layer's first products, by layer and lane."""
 
-    squares: dict[int, list[Tensor]]
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.squares: dict[tuple[int, int], Tensor] = {}
+        self._seen = 0  # lanes of the layer that runs
 
     def _linears(self, layer: int, number: int, rows: Tensor) -> Tensor:
+        self._seen = self._seen + 1 if number == 0 else 0
         if number == 0:
-            flat = rows.flatten(0, 1).double()
-            self.squares.setdefault(layer, []).append(flat.T @ flat)
+            flat, key = rows.flatten(0, 1).double(), (layer, self._seen)
+            self.squares[key] = self.squares.get(key, 0) + flat.T @ flat
         return super()._linears(layer, number, rows)
 
 
@@ -48,34 +50,23 @@ def squares(folder: Path) -> dict[int, Tensor]:
     """By layer, of the rows under an adapter and its plan."""
     added, (plan,) = adapter_difference(folder), plans_of_folder(folder).values()
     work = work_of(plan)
-
-    def watched(state: dict[str, Tensor]) -> Watched:
-        plain = planned({key: merged(key, value, added) for key, value in state.items()}, work)
-        plain.__class__, plain.squares = Watched, {}
-        return plain
-
-    model = Model(watched)
+    model = Model(lambda state: planned({key: merged(key, own, added) for key, own in state.items()}, work, Watched))
     model.load(weights_of(folder, SHIPPED))
     adapter_files.merge(model.projector, added)
-    decoder = model.decoder
-    decoder.refresh()
-    sums: dict[int, list[Tensor]] = {}
+    model.decoder.refresh()
     for number in range(BATCHES):
-        data = sequences(model.tokenizer, np.random.default_rng([SEED, number]), SHOWN, ())
-        with torch.autocast("cpu", torch.bfloat16):
-            visual = projected(model.projector, features(model.tower, seen(data.images).pixels)[0])
-        embedded = decoder.embeddings[data.ids].float()
-        embedded = embedded.masked_scatter(visual_places(data.ids)[..., None], visual.float())
-        decoder(embedded, data.positions, data.visible())
-        for layer, lanes in decoder.squares.items():
-            sums[layer] = [a + b for a, b in zip(sums[layer], lanes, strict=True)] if layer in sums else lanes
-        decoder.squares = {}
-    return {layer: sum(lane / lane.trace() for lane in lanes) for layer, lanes in sums.items()}
+        found = asked(model, [SEED, number], SHOWN, "train")
+        model.decoder(found.embedded, *found.inputs)
+    sums: dict[int, Tensor] = {}
+    for (layer, _), square in model.decoder.squares.items():
+        sums[layer] = sums.get(layer, 0) + square / square.trace()
+    return sums
 
 
-def cut(folder: Path, rank: int) -> None:
+def cut(folder: Path, squares: Mapping[int, Tensor], rank: int) -> None:
+    """Leave no more than `rank` in what an adapter's folder adds to keys and values; squares: by layer, of the rows."""
     tensors, config = load_file(folder / ADAPTER), json.loads((folder / ADAPTER_CONFIG).read_text())
-    for layer, square in squares(folder).items():
+    for layer, square in squares.items():
         for name in ("k_proj", "v_proj"):
             module = f"layers.{layer}.self_attn.{name}"
             a, b = (f"{ADAPTED_MODEL}language_model.{module}{SIDES[side]}" for side in (".a", ".b"))
@@ -85,7 +76,7 @@ def cut(folder: Path, rank: int) -> None:
             tensors |= {key: each.half().contiguous() for key, each in zip((a, b), small, strict=True)}
             config["rank_pattern"][module], config["alpha_pattern"][module] = rank, int(SCALE * rank)
     save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
-    (folder / ADAPTER).chmod(0o644)
+    (folder / ADAPTER).chmod(0o644)  # safetensors lets nobody else read its files
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -95,4 +86,4 @@ if __name__ == "__main__":
     parser.add_argument("--rank", type=int, required=True)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    cut(given.adapter, given.rank)
+    cut(given.adapter, squares(given.adapter), given.rank)

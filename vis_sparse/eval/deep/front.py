@@ -50,11 +50,13 @@ def work_of(plan: VisualPlan) -> tuple[LayerWork, ...]:
     return schedule(plan, config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)
 
 
-def planned(state: dict[str, Tensor], work: tuple[LayerWork, ...], **options) -> PlannedDecoder:
+def planned(
+    state: dict[str, Tensor], work: tuple[LayerWork, ...], kind: type[PlannedDecoder] = PlannedDecoder, **options
+) -> PlannedDecoder:
     """A decoder under a plan for sequences about images."""
     start = TEXT_BEFORE
     visual = slice(start, start + model_smol.VISUAL_TOKENS)
-    return PlannedDecoder(work, visual, model_smol.GRID, smollm2.config(), state, **options)
+    return kind(work, visual, model_smol.GRID, smollm2.config(), state, **options)
 
 
 def share_of_flops(plan: VisualPlan) -> float:
